@@ -1,0 +1,254 @@
+"""The embedded engine: continuous batching of one JAX model over fixed slots.
+
+One thread owns the device: it admits requests to slots, runs the compiled loop for a while, hands
+finished completions back, and takes new weights in between.  What a slot has cached stays after its
+request ends, so the next turn of the trajectory, or another rollout of the same prompt, begins
+where the common prefix ends.
+"""
+
+import asyncio
+import collections
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from flax import nnx
+
+from etagent_jax.model.transformer import Transformer
+from etagent_jax.policy import decoding
+from etagent_jax.policy.interface import Completion, Sampling
+from etagent_jax.policy.stops import StopTable
+from etagent_jax.tokenizer import Tokenizer
+
+
+@dataclass
+class _Request:
+    token_ids: np.ndarray
+    sampling: Sampling
+    session: str
+    future: "Future[Completion]"
+    versions: list[tuple[int, int]] = field(default_factory=list)  # (first token index, weight version)
+
+
+@dataclass
+class EngineStatistics:
+    """Tokens since the start: sampled, forced through the model, and found in a cached prefix."""
+
+    sampled: int = 0
+    computed: int = 0
+    reused: int = 0
+
+
+class Engine:
+    """A Policy over a `Transformer` in this process.
+
+    slots: sequences generated side by side.  context: most tokens of one sequence.
+    chunk: tokens of one prefill call; a shorter stretch of given tokens goes through the decode loop.
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 128, context: int = 256, chunk: int = 16
+    ):
+        vocab = model.config.vocab_size
+        if tokenizer.vocab_size > vocab:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only {vocab}")
+        if context > model.config.max_position:
+            raise ValueError(f"context {context} exceeds the model's {model.config.max_position} positions")
+        self.context = context
+        self.statistics = EngineStatistics()
+        self._model, self._version = model, 0
+        self._chunk = chunk
+        self._cache = model.empty_cache(slots, context)
+        self._slots = decoding.Slots.empty(slots, context)
+        texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)] + [""] * (vocab - tokenizer.vocab_size)
+        self._stops = StopTable(texts)
+        self._vocab = vocab
+        self._is_eos = jax.numpy.asarray(np.isin(np.arange(vocab), tokenizer.eos_ids))
+        self._stop_arrays = decoding.StopArrays(self._stops.table, self._stops.accepts, self._is_eos)
+        self._requests: dict[int, _Request] = {}
+        self._sessions = [""] * slots
+        self._last_used = np.zeros(slots, np.int64)
+        self._clock = 0
+        self._queue: collections.deque[_Request] = collections.deque()
+        self._updates: collections.deque[tuple[int, nnx.State, Future[None]]] = collections.deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, token_ids: Sequence[int], sampling: Sampling, session: str = "") -> Completion:
+        """Continue `token_ids`; ValueError if they are empty, leave no room, or hold an unknown id."""
+        ids = np.asarray(token_ids, np.int32)
+        if not 0 < len(ids) < self.context:
+            raise ValueError(f"{len(ids)} tokens given; an input has 1 to {self.context - 1}")
+        if ids.min() < 0 or ids.max() >= self._vocab:
+            raise ValueError(f"a token id is outside the vocabulary of {self._vocab}")
+        future: Future[Completion] = Future()
+        self._post(lambda: self._queue.append(_Request(ids, sampling, session, future)))
+        return await asyncio.wrap_future(future)
+
+    async def update_weights(self, version: int, weights: nnx.State) -> None:
+        """Serve `weights` from now on.  Nothing cached under the old ones is used again: sequences in
+        progress go on, their prefix computed anew."""
+        future: Future[None] = Future()
+        self._post(lambda: self._updates.append((version, weights, future)))
+        await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Stop the thread; requests still open are cancelled."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _post(self, enqueue: Callable[[], None]) -> None:
+        with self._wake:
+            if self._failure is not None:
+                raise RuntimeError("the engine's thread has failed") from self._failure
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            enqueue()
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    while not (self._closed or self._queue or self._updates or self._slots.active.any()):
+                        self._wake.wait()
+                    if self._closed:
+                        break
+                    updates = list(self._updates)
+                    self._updates.clear()
+                for version, weights, future in updates:
+                    self._replace_weights(version, weights)
+                    future.set_result(None)
+                self._drop_cancelled()
+                self._admit()
+                if self._slots.active.any():
+                    self._advance()
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            self._release_all()
+
+    def _release_all(self) -> None:
+        """Let nobody wait for a thread that has ended."""
+        with self._wake:
+            self._closed = True
+            waiting: list[Future] = [r.future for r in (*self._queue, *self._requests.values())]
+            waiting += [future for _, _, future in self._updates]
+        for future in waiting:
+            if self._failure is None:
+                future.cancel()
+            elif not future.done():
+                future.set_exception(RuntimeError(f"the engine's thread has failed: {self._failure!r}"))
+
+    def _replace_weights(self, version: int, weights: nnx.State) -> None:
+        graph, _ = nnx.split(self._model)
+        self._model, self._version = nnx.merge(graph, weights), version
+        s = self._slots
+        s.position[:] = 0
+        for slot in map(int, np.flatnonzero(s.active)):
+            self._requests[slot].versions.append((int(s.known[slot]), version))
+        s.known[~s.active] = 0
+
+    def _drop_cancelled(self) -> None:
+        for slot in map(int, np.flatnonzero(self._slots.active)):
+            if self._requests[slot].future.cancelled():
+                self._slots.active[slot] = False
+                del self._requests[slot]
+
+    def _admit(self) -> None:
+        """Give waiting requests to free slots, as long as there are both."""
+        while self._queue and not self._slots.active.all():
+            with self._wake:
+                request = self._queue.popleft()
+            if not request.future.cancelled():
+                self._place(request)
+
+    def _place(self, request: _Request) -> None:
+        s, ids, n = self._slots, request.token_ids, len(request.token_ids)
+        slot, start = self._best_slot(request)
+        s.tokens[slot, :n] = ids
+        while start % self._chunk == 0 and start + self._chunk < n:
+            chunk = s.tokens[slot, start : start + self._chunk]
+            self._cache = decoding.prefill(self._model, self._cache, slot, chunk.copy(), start)
+            start += self._chunk
+            self.statistics.computed += self._chunk
+        sampling = request.sampling
+        s.position[slot], s.known[slot] = start, n
+        s.limit[slot] = min(n + sampling.max_new_tokens, self.context)
+        s.active[slot], s.stopped[slot] = True, False
+        s.stop_state[slot] = self._stop_state(sampling.stop)
+        s.temperature[slot], s.top_p[slot] = sampling.temperature, sampling.top_p
+        s.seed[slot] = sampling.seed & 0xFFFFFFFF
+        request.versions.append((n, self._version))
+        self._requests[slot], self._sessions[slot] = request, request.session
+
+    def _stop_state(self, stops: tuple[str, ...]) -> int:
+        """Where the automaton of `stops` starts; its table goes to the device when it is new."""
+        used = self._stops.used
+        start = self._stops.start(stops)
+        if self._stops.used > used:
+            table, accepts = jax.device_put((self._stops.table, self._stops.accepts))
+            self._stop_arrays = decoding.StopArrays(table, accepts, self._is_eos)
+        return start
+
+    def _best_slot(self, request: _Request) -> tuple[int, int]:
+        """A free slot for `request` and the number of its tokens already cached there.
+
+        A trajectory's own slot serves all of its prefix.  From another slot only whole chunks are
+        taken, so that a key's bits depend on the tokens before it and not on what ran earlier.
+        """
+        s, ids = self._slots, request.token_ids
+        n = len(ids)
+        self._clock += 1
+        shared = np.cumprod(s.tokens[:, :n] == ids, axis=1).sum(axis=1)
+        cached = np.minimum(np.minimum(shared, s.position), n - 1)
+        free = np.flatnonzero(~s.active)
+        own = [slot for slot in free if self._sessions[slot] == request.session and request.session]
+        if own and cached[own[0]] > 0:
+            slot, start = int(own[0]), int(cached[own[0]])
+        else:
+            slot = int(free[np.argmin(self._last_used[free])])
+            source = int(np.argmax(cached))
+            start = int(cached[source]) // self._chunk * self._chunk
+            if start and source != slot:
+                self._cache = decoding.copy_slot(self._cache, source, slot)
+        self._last_used[slot] = self._clock
+        self.statistics.reused += start
+        return slot, start
+
+    def _advance(self) -> None:
+        """Run the compiled loop once and hand back what it finished."""
+        before = self._slots
+        running = np.flatnonzero(before.active)
+        self._cache, after = decoding.decode(
+            self._model, self._cache, before, self._stop_arrays, np.int32(max(1, len(running) // 8)), max_steps=64
+        )
+        self._slots = jax.tree.map(np.array, after)
+        s = self._slots
+        self.statistics.computed += int((s.position - before.position).sum())
+        self.statistics.sampled += int((s.known - before.known)[running].sum())
+        for slot in map(int, running[~s.active[running]]):
+            request = self._requests.pop(slot)
+            if request.future.set_running_or_notify_cancel():
+                request.future.set_result(self._completion(slot, request))
+
+    def _completion(self, slot: int, request: _Request) -> Completion:
+        s, start = self._slots, len(request.token_ids)
+        end = int(s.known[slot])
+        starts = [first for first, _ in request.versions] + [end]
+        versions = [
+            v for (first, v), last in zip(request.versions, starts[1:], strict=True) for _ in range(first, last)
+        ]
+        return Completion(
+            tuple(s.tokens[slot, start:end].tolist()), tuple(s.logprobs[slot, start:end].tolist()),
+            "stop" if s.stopped[slot] else "length", tuple(versions),
+        )  # fmt: skip
