@@ -10,8 +10,9 @@ returns can be mistaken for the model's words, the functions here never see tool
 `i < len(turns) - 1` was followed by a result; the last one (which may be empty) was not.
 """
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 THINK, ANSWER, RESULT = "think", "answer", "result"
 RESERVED = (THINK, ANSWER, RESULT)
@@ -35,22 +36,41 @@ def render_result(text: str) -> str:
     return f"{opening(RESULT)}{text}{closing(RESULT)}"
 
 
+def system_prompt(descriptions: Mapping[str, str]) -> str:
+    """The system message that explains the language; `descriptions` holds one line for each tool."""
+    tools = "\n".join(f"- {opening(tool)}…{closing(tool)}: {text}" for tool, text in descriptions.items())
+    return (
+        "Solve the question step by step. Think inside <think>…</think>. When it helps, call a tool:\n"
+        f"{tools}\n"
+        "The result follows inside <result>…</result>; then think again. Call a tool only where it is needed, "
+        "and do not repeat a call. Finish with <answer>…</answer>, which holds the final answer once, in \\boxed{}."
+    )
+
+
+@functools.lru_cache
+def _untrusted(tools: tuple[str, ...], special_tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches what `neutralise` breaks, up to where the blank goes."""
+    names = "|".join(map(re.escape, (*RESERVED, *tools)))
+    # A `<` followed by a blank no longer opens a tag.
+    patterns = [rf"(?i:<(?=(?:/\s*)?(?:{names})\s*>))"]
+    for token in special_tokens:
+        head = len(token) - len(token.lstrip()) + 1
+        if token[head:].strip():
+            patterns.append(f"{re.escape(token[:head])}(?={re.escape(token[head:])})")
+    return re.compile("|".join(patterns))
+
+
 def neutralise(text: str, tools: Iterable[str], special_tokens: Iterable[str] = ()) -> str:
     """`text` with every protocol tag and special token broken by a space: `<think>` → `< think>`.
 
     Tags are matched loosely (any case, stray blanks) because readers, models included, are lenient.
-    Afterwards no string of `special_tokens` longer than one character occurs in the text, so that
-    encoding it yields ordinary tokens only.
+    Afterwards no string of `special_tokens` with more than one visible character occurs in the
+    text, so that encoding it yields ordinary tokens only.
     """
-    names = "|".join(re.escape(name) for name in (*RESERVED, *tools))
-    specials = [re.escape(token) for token in special_tokens if len(token) > 1]
-    pattern = re.compile("|".join([rf"(?i:<(?=/?\s*(?:{names})\s*>))", *(f"(?:{s})" for s in specials)]))
-    while True:
-        broken = pattern.sub(lambda m: f"{m.group()[0]} {m.group()[1:]}", text)
-        # `<` followed by a blank no longer opens a tag; a special token may need another pass.
-        if broken == text or not specials:
-            return broken
+    pattern = _untrusted(tuple(tools), tuple(special_tokens))
+    while (broken := pattern.sub(r"\g<0> ", text)) != text:
         text = broken
+    return broken
 
 
 def ending_call(text: str, tools: Iterable[str]) -> tuple[str, str] | None:

@@ -38,7 +38,10 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; a Hugging Face model folder has a config.json")
-    raw = json.loads(path.read_text())
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from error
     architecture = (raw.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture} is not one of {', '.join(ARCHITECTURES)}")
@@ -47,6 +50,11 @@ def read_config(folder: str | Path) -> ModelConfig:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{path}: rope scaling {rope} is not supported")
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "rms_norm_eps", "max_position_embeddings")  # fmt: skip
+    missing = [name for name in required if name not in raw]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} must be set")
     is_qwen3 = ARCHITECTURES[architecture] == "qwen3"
     return ModelConfig(
         vocab_size=raw["vocab_size"],

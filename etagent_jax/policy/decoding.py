@@ -133,12 +133,22 @@ def decode(
     return cache, slots
 
 
-@functools.partial(jax.jit, donate_argnums=1)
-def prefill(model: Transformer, cache: Cache, slot: int, tokens: jax.Array, start: int) -> Cache:
-    """Put the keys and values of tokens [C] into one slot's cache, from position `start` on."""
+@functools.partial(jax.jit, donate_argnums=1, static_argnames=("chunk",))
+def prefill(model: Transformer, cache: Cache, slot: int, tokens: Array, start: int, end: int, chunk: int) -> Cache:
+    """Put the keys and values of tokens [S] from position `start` up to `end` into one slot's cache.
+
+    `chunk` tokens at a time; `end - start` is a multiple of it.
+    """
+    tokens = jnp.asarray(tokens)
+
+    def step(carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
+        row, at = carry
+        positions = at + jnp.arange(chunk)
+        _, row = model.extend(jax.lax.dynamic_slice_in_dim(tokens, at, chunk)[None], positions[None], row)
+        return row, at + chunk
+
     row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), cache)
-    positions = start + jnp.arange(tokens.shape[0])
-    _, row = model.extend(tokens[None], positions[None], row)
+    row, _ = jax.lax.while_loop(lambda carry: carry[1] < end, step, (row, jnp.int32(start)))
     return jax.tree.map(lambda x, r: jax.lax.dynamic_update_slice_in_dim(x, r, slot, 0), cache, row)
 
 

@@ -3,7 +3,7 @@
 One thread owns the device: it admits requests to slots, runs the compiled loop for a while, hands
 finished completions back, and takes new weights in between.  What a slot has cached stays after its
 request ends, so the next turn of the trajectory, or another rollout of the same prompt, begins
-where the common prefix ends.
+where the whole chunks of the common prefix end.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from flax import nnx
 from etagent_jax.model.transformer import Transformer
 from etagent_jax.policy import decoding
 from etagent_jax.policy.interface import Completion, Sampling
-from etagent_jax.policy.stops import StopTable
+from etagent_jax.policy.stops import StopTable, check_stops
 from etagent_jax.tokenizer import Tokenizer
 
 
@@ -46,7 +46,7 @@ class Engine:
     """A Policy over a `Transformer` in this process.
 
     slots: sequences generated side by side.  context: most tokens of one sequence.
-    chunk: tokens of one prefill call; a shorter stretch of given tokens goes through the decode loop.
+    chunk: given tokens are prefilled so many at a time; fewer than that go through the decode loop.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Engine:
         self._requests: dict[int, _Request] = {}
         self._sessions = [""] * slots
         self._last_used = np.zeros(slots, np.int64)
+        self._prefilled = np.zeros(slots, np.int32)
         self._clock = 0
         self._queue: collections.deque[_Request] = collections.deque()
         self._updates: collections.deque[tuple[int, nnx.State, Future[None]]] = collections.deque()
@@ -80,20 +81,34 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
+    @property
+    def version(self) -> int:
+        """Of the weights served now."""
+        return self._version
+
+    @property
+    def closed(self) -> bool:
+        """True once requests are no longer taken: after `close`, or because the thread has failed."""
+        return self._closed
+
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, session: str = "") -> Completion:
-        """Continue `token_ids`; ValueError if they are empty, leave no room, or hold an unknown id."""
-        ids = np.asarray(token_ids, np.int32)
-        if not 0 < len(ids) < self.context:
-            raise ValueError(f"{len(ids)} tokens given; an input has 1 to {self.context - 1}")
-        if ids.min() < 0 or ids.max() >= self._vocab:
+        """Continue `token_ids`; ValueError if they are empty, leave no room, or hold an unknown id, or if a
+        stop string is not ASCII."""
+        if not 0 < len(token_ids) < self.context:
+            raise ValueError(f"{len(token_ids)} tokens given; an input has 1 to {self.context - 1}")
+        if min(token_ids) < 0 or max(token_ids) >= self._vocab:
             raise ValueError(f"a token id is outside the vocabulary of {self._vocab}")
+        check_stops(sampling.stop)
+        ids = np.asarray(token_ids, np.int32)
         future: Future[Completion] = Future()
         self._post(lambda: self._queue.append(_Request(ids, sampling, session, future)))
         return await asyncio.wrap_future(future)
 
     async def update_weights(self, version: int, weights: nnx.State) -> None:
         """Serve `weights` from now on.  Nothing cached under the old ones is used again: sequences in
-        progress go on, their prefix computed anew."""
+        progress go on, their prefix computed anew.  ValueError if they are not of this model's shape."""
+        if _shapes(weights) != _shapes(nnx.state(self._model)):
+            raise ValueError(f"weights of version {version} differ in names, shapes or dtypes from this model's")
         future: Future[None] = Future()
         self._post(lambda: self._updates.append((version, weights, future)))
         await asyncio.wrap_future(future)
@@ -122,11 +137,12 @@ class Engine:
                         self._wake.wait()
                     if self._closed:
                         break
-                    updates = list(self._updates)
-                    self._updates.clear()
-                for version, weights, future in updates:
+                while self._updates:
+                    version, weights, future = self._updates[0]
                     self._replace_weights(version, weights)
-                    future.set_result(None)
+                    self._updates.popleft()
+                    if future.set_running_or_notify_cancel():
+                        future.set_result(None)
                 self._drop_cancelled()
                 self._admit()
                 if self._slots.active.any():
@@ -154,9 +170,9 @@ class Engine:
         self._model, self._version = nnx.merge(graph, weights), version
         s = self._slots
         s.position[:] = 0
+        self._prefilled[:] = 0
         for slot in map(int, np.flatnonzero(s.active)):
             self._requests[slot].versions.append((int(s.known[slot]), version))
-        s.known[~s.active] = 0
 
     def _drop_cancelled(self) -> None:
         for slot in map(int, np.flatnonzero(self._slots.active)):
@@ -167,22 +183,22 @@ class Engine:
     def _admit(self) -> None:
         """Give waiting requests to free slots, as long as there are both."""
         while self._queue and not self._slots.active.all():
-            with self._wake:
-                request = self._queue.popleft()
-            if not request.future.cancelled():
-                self._place(request)
+            if not self._queue[0].future.cancelled():
+                self._place(self._queue[0])
+            self._queue.popleft()
 
     def _place(self, request: _Request) -> None:
         s, ids, n = self._slots, request.token_ids, len(request.token_ids)
         slot, start = self._best_slot(request)
         s.tokens[slot, :n] = ids
-        while start % self._chunk == 0 and start + self._chunk < n:
-            chunk = s.tokens[slot, start : start + self._chunk]
-            self._cache = decoding.prefill(self._model, self._cache, slot, chunk.copy(), start)
-            start += self._chunk
-            self.statistics.computed += self._chunk
+        end = (n - 1) // self._chunk * self._chunk
+        if start < end:
+            tokens = s.tokens[slot].copy()
+            self._cache = decoding.prefill(self._model, self._cache, slot, tokens, start, end, self._chunk)
+            self.statistics.computed += end - start
+        self._prefilled[slot] = end
         sampling = request.sampling
-        s.position[slot], s.known[slot] = start, n
+        s.position[slot], s.known[slot] = end, n
         s.limit[slot] = min(n + sampling.max_new_tokens, self.context)
         s.active[slot], s.stopped[slot] = True, False
         s.stop_state[slot] = self._stop_state(sampling.stop)
@@ -203,24 +219,23 @@ class Engine:
     def _best_slot(self, request: _Request) -> tuple[int, int]:
         """A free slot for `request` and the number of its tokens already cached there.
 
-        A trajectory's own slot serves all of its prefix.  From another slot only whole chunks are
-        taken, so that a key's bits depend on the tokens before it and not on what ran earlier.
+        Only whole chunks that `prefill` computed are taken, so that a sequence's keys are the same
+        bits whatever ran earlier; the slot that holds most of them is used, or copied if it is busy.
         """
         s, ids = self._slots, request.token_ids
-        n = len(ids)
         self._clock += 1
-        shared = np.cumprod(s.tokens[:, :n] == ids, axis=1).sum(axis=1)
-        cached = np.minimum(np.minimum(shared, s.position), n - 1)
+        shared = np.cumprod(s.tokens[:, : len(ids)] == ids, axis=1).sum(axis=1)
+        cached = np.minimum(np.minimum(shared, len(ids) - 1) // self._chunk * self._chunk, self._prefilled)
         free = np.flatnonzero(~s.active)
+        source = int(np.argmax(cached))
+        start = int(cached[source])
         own = [slot for slot in free if self._sessions[slot] == request.session and request.session]
-        if own and cached[own[0]] > 0:
-            slot, start = int(own[0]), int(cached[own[0]])
+        if own and cached[own[0]] == start:
+            source = slot = int(own[0])
         else:
             slot = int(free[np.argmin(self._last_used[free])])
-            source = int(np.argmax(cached))
-            start = int(cached[source]) // self._chunk * self._chunk
-            if start and source != slot:
-                self._cache = decoding.copy_slot(self._cache, source, slot)
+        if start and source != slot:
+            self._cache = decoding.copy_slot(self._cache, source, slot)
         self._last_used[slot] = self._clock
         self.statistics.reused += start
         return slot, start
@@ -252,3 +267,8 @@ class Engine:
             tuple(s.tokens[slot, start:end].tolist()), tuple(s.logprobs[slot, start:end].tolist()),
             "stop" if s.stopped[slot] else "length", tuple(versions),
         )  # fmt: skip
+
+
+def _shapes(weights: nnx.State) -> dict:
+    """Shape and dtype of each parameter by its path."""
+    return {path: (leaf.shape, leaf.dtype) for path, leaf in nnx.to_flat_state(weights)}

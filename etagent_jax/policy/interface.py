@@ -1,17 +1,21 @@
 """What every policy (SGLang over HTTP, the embedded engine) offers to rollouts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Finish = Literal["stop", "length", "abort"]
 
+MIN_TEMPERATURE = 1e-6
+"""Logits divided by less than this overflow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How to sample one completion.
 
-    temperature: 0 is greedy.  max_new_tokens: at most so many tokens are sampled.
+    temperature: 0 is greedy, else at least MIN_TEMPERATURE.  max_new_tokens: at most so many tokens are sampled.
     stop: generation ends at the token that completes one of these strings; that token is kept.
     seed: together with a token's position it fixes the random draw of the embedded engine.
     """
@@ -23,8 +27,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or at least {MIN_TEMPERATURE}, got {self.temperature}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 < self.top_p <= 1:

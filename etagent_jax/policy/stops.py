@@ -41,6 +41,13 @@ def build_automaton(stops: Sequence[str]) -> tuple[list[dict[str, int]], int]:
     return [*moves, {}], accept
 
 
+def check_stops(stops: Sequence[str]) -> None:
+    """ValueError for a stop string that a StopTable cannot hold."""
+    for stop in stops:
+        if not stop or not stop.isascii():
+            raise ValueError(f"stop string {stop!r}: must be ASCII and not empty")
+
+
 class StopTable:
     """Automata of the sets of stop strings asked for so far, in one table [capacity, vocabulary].
 
@@ -65,9 +72,7 @@ class StopTable:
         return self._starts[stops]
 
     def _add(self, stops: tuple[str, ...]) -> None:
-        for stop in stops:
-            if not stop or not stop.isascii():
-                raise ValueError(f"stop string {stop!r}: must be ASCII and not empty")
+        check_stops(stops)
         moves, accept = build_automaton(stops)
         offset = self.used
         while offset + len(moves) > len(self.accepts):

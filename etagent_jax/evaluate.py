@@ -1,0 +1,26 @@
+"""Evaluate: every stage's model on untouched test questions, greedy and sampled, and the report.
+
+    python -m etagent_jax.evaluate --config=configs/evaluate.py[:preset] [--config.FIELD=VALUE …]
+
+Prints a table and writes <run>/report/calibration.{json,md,png}.  Trajectories already sampled are
+not sampled again.
+"""
+
+from absl import app
+
+from etagent_jax.command import CONFIG, run_to_completion
+
+
+def main(_: list[str]) -> None:
+    run_to_completion(_evaluate, CONFIG.value)
+
+
+async def _evaluate(config) -> None:
+    from etagent_jax.stages import evaluate
+
+    report = await evaluate.run(config)
+    print(f"report: {report / 'calibration.md'}")
+
+
+if __name__ == "__main__":
+    app.run(main)

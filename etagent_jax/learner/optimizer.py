@@ -1,0 +1,76 @@
+"""The optimizer: AdamW, or Muon on the layers' matrices, under one learning-rate schedule."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """learning_rate: the peak, reached after warmup_steps; the cosine ends at total_steps with
+    end_fraction of it.  muon_scale: Muon's learning rate as a multiple of AdamW's."""
+
+    learning_rate: float
+    total_steps: int
+    name: Literal["adamw", "muon"] = "adamw"
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    end_fraction: float = 0.1
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float = 1.0
+    muon_scale: float = 7.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optimizer: name must be adamw or muon, got {self.name!r}")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"optimizer: schedule must be constant or cosine, got {self.schedule!r}")
+        for field in ("learning_rate", "total_steps", "clip_norm", "muon_scale"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"optimizer: {field} must be above 0, got {getattr(self, field)}")
+        if not 0 <= self.warmup_steps < self.total_steps:
+            raise ValueError(f"optimizer: warmup_steps must be in [0, total_steps = {self.total_steps}), "
+                             f"got {self.warmup_steps}")  # fmt: skip
+
+
+def learning_rate(config: OptimizerConfig, scale: float = 1.0) -> optax.Schedule:
+    """Step (from 0) to learning rate; the first step already moves."""
+    peak = config.learning_rate * scale
+    first = peak / max(config.warmup_steps, 1)
+    if config.schedule == "constant":
+        return optax.warmup_constant_schedule(first, peak, config.warmup_steps)
+    return optax.warmup_cosine_decay_schedule(
+        first, peak, config.warmup_steps, config.total_steps, peak * config.end_fraction
+    )
+
+
+def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+    """The transformation for parameters with these logical axes (see `mesh.logical_axes`).
+
+    Gradients are clipped by their global norm.  Only the layers' matrices decay.  With Muon each of
+    them is orthogonalised by itself; embedding, head, norms and biases get AdamW with Nesterov
+    momentum.
+    """
+    matrices = jax.tree.map(lambda names: len(names) == 3 and names[0] == "layers", axes)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    if config.name == "adamw":
+        rate = learning_rate(config)
+        adamw = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=matrices)
+        return optax.chain(clip, adamw)
+    stacked = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return optax.chain(
+        clip,
+        muon(
+            learning_rate(config, config.muon_scale),
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_learning_rate=learning_rate(config),
+            muon_weight_dimension_numbers=jax.tree.map(lambda matrix: stacked if matrix else None, matrices),
+        ),
+    )

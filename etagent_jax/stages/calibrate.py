@@ -1,0 +1,220 @@
+"""Behaviour calibration, for `phase1`, `phase2` and the paper's rounds.
+
+Each round: sample with the current policy, select questions by Pareto front, then steps of
+{roll out groups → reward → policy gradient → new weights to the policy}.
+"""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from etagent_jax.data import pareto
+from etagent_jax.data.packing import Batch, pack, sequence_from_trajectory
+from etagent_jax.data.store import TrajectoryLog, write_json_atomic
+from etagent_jax.learner.checkpoint import Checkpoints
+from etagent_jax.learner.losses import PolicyLossConfig
+from etagent_jax.learner.optimizer import OptimizerConfig
+from etagent_jax.learner.step import Learner, Params, TrainState, check_finite
+from etagent_jax.learner.sync import push_weights
+from etagent_jax.model import weights
+from etagent_jax.rollout.agent import Agent
+from etagent_jax.rollout.collector import collect_all
+from etagent_jax.scoring.rewards import RewardConfig, ScoredGroup, decayed_sigma, score_group
+from etagent_jax.stages import setup
+from etagent_jax.stages.directory import StageDirectory
+from etagent_jax.stages.metrics import MetricsLog, Stopwatch
+from etagent_jax.trajectory import Group, Question
+
+
+def policy_loss_config(section: ConfigDict) -> PolicyLossConfig:
+    return PolicyLossConfig(**section.loss, temperature=section.temperature)
+
+
+def optimizer_config(section: ConfigDict) -> OptimizerConfig:
+    updates = section.rounds * section.steps * section.epochs * section.minibatches
+    return OptimizerConfig(**section.optimizer, total_steps=updates)
+
+
+def reward_config(section: ConfigDict, step: int) -> RewardConfig:
+    """The reward at `step` (from 0) of a round; with `decay`, ET-Agent's schedule of both sigmas."""
+    scale = decayed_sigma(1.0, step + 1, section.steps) if section.reward.decay else 1.0
+    return RewardConfig(section.reward.variant, section.reward.sigma_tool * scale, section.reward.sigma_length * scale)
+
+
+async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict[str, float]:
+    c = config[stage]
+    parent = setup.parent_model(config, stage)
+    model = weights.load(parent, config.remat)
+    learner = Learner(
+        model.config, optimizer_config(c), policy=policy_loss_config(c), mesh=setup.make_mesh(config),
+        remat=config.remat,
+    )  # fmt: skip
+    checkpoints = Checkpoints(directory.checkpoints)
+    latest = checkpoints.latest()
+    initial = learner.load_state(model)
+    reference = jax.tree.map(jnp.copy, initial.params) if c.loss.kl_coefficient else None
+    state = initial if latest is None else checkpoints.restore(latest, learner.abstract_state)[0]
+    done = latest or 0
+    summary: dict[str, float] = {}
+
+    async with setup.rollout_parts(config, parent) as parts:
+        agent = setup.make_agent(config, parts.policy, parts.tokenizer, parts.tools)
+        trial = Trial(config, stage, directory, agent)
+        await push_weights(state.params, done, parts.policy)
+        with MetricsLog(directory.path, total_steps=c.rounds * c.steps, start_step=done, description=stage) as log:
+            for step in range(done, c.rounds * c.steps):
+                watch = Stopwatch()
+                with watch("select"):
+                    selected = await trial.selected_questions(step // c.steps)
+                with watch("rollout"):
+                    groups = await trial.groups_of_step(step, selected)
+                with watch("reward"):
+                    scored = [score_group(group, reward_config(c, step % c.steps)) for group in groups]
+                with watch("learn"):
+                    state, metrics = learn(learner, state, reference, scored, c, config.seed, step)
+                with watch("sync"):
+                    await push_weights(state.params, step + 1, parts.policy)
+                with watch("checkpoint"):
+                    checkpoints.save(step + 1, state, {})
+                summary = {**rollout_metrics(scored), **metrics, **watch.pop()}
+                summary["rollout_tokens_per_second"] = summary.pop("rollout_tokens") / summary["seconds/rollout"]
+                log.log(step, summary, line(summary))
+                await asyncio.sleep(0)
+        weights.save(learner.model(state.params), directory.model, parts.tokenizer.eos_ids[0], parts.tokenizer.pad_id)
+        parts.tokenizer.save(directory.model)
+    checkpoints.close()
+    return {"steps": c.rounds * c.steps, **{k: summary[k] for k in ("reward", "correctness", "calls") if k in summary}}
+
+
+@dataclass
+class Trial:
+    """What is sampled for one calibration stage; everything finished is on disk and is not sampled again."""
+
+    config: ConfigDict
+    stage: str
+    directory: StageDirectory
+    agent: Agent
+
+    async def sample(self, questions: Sequence[Question], samples: int, name: str) -> list[Group]:
+        """`samples` trajectories of each question, in the file `name`.jsonl, those already there included."""
+        with TrajectoryLog(self.directory.trajectories / f"{name}.jsonl") as log:
+            finished = {trajectory.id: trajectory for trajectory in log.read()}
+            return await collect_all(
+                self.agent, questions, samples, tag=f"{self.stage}/{name}", seed=self.config.seed,
+                temperature=self.config[self.stage].temperature, concurrency=self.config.rollout.concurrency,
+                finished=finished, on_trajectory=log.append,
+            )  # fmt: skip
+
+    async def selected_questions(self, round: int) -> list[Question]:
+        """The questions of a round, chosen group-wise by Pareto front with the policy as it was at its start."""
+        c = self.config[self.stage].selection
+        questions = setup.questions(self.config, "train", c.questions, f"{self.stage}/{round}")
+        by_id = {question.id: question for question in questions}
+        path: Path = self.directory.path / f"selection-{round}.json"
+        if not path.is_file():
+            groups = await self.sample(questions, c.samples, f"selection-{round}")
+            correctness = [score_group(g, RewardConfig("paper", 0, 0)).correctness for g in groups]
+            statistics = pareto.question_statistics(groups, correctness)
+            indices = pareto.select(
+                statistics.tool_variance, statistics.correctness_variance, statistics.eligible, c.select
+            )
+            if not len(indices):
+                raise ValueError(
+                    f"{self.stage}: of {len(questions)} questions none had both right and wrong rollouts among "
+                    f"{c.samples}; raise selection.samples or selection.questions, or take other questions"
+                )
+            write_json_atomic(path, {
+                "questions": [groups[i].question.id for i in indices],
+                "sampled": len(groups), "eligible": int(statistics.eligible.sum()),
+                "correctness": float(np.mean(np.concatenate(correctness))),
+            })  # fmt: skip
+        return [by_id[id] for id in json.loads(path.read_text())["questions"]]
+
+    async def groups_of_step(self, step: int, selected: Sequence[Question]) -> list[Group]:
+        """The groups of a step: the next questions of a seeded order, starting over when all had their turn."""
+        c = self.config[self.stage]
+        round, place = divmod(step, c.steps)
+        size = min(c.questions_per_step, len(selected))
+        start = place * size
+        picked = []
+        for i in range(start, start + size):
+            epoch, at = divmod(i, len(selected))
+            order = setup.np_rng(self.config.seed, self.stage, round, epoch).permutation(len(selected))
+            picked.append(selected[order[at]])
+        unique = list({question.id: question for question in picked}.values())
+        return await self.sample(unique, c.samples, f"step-{step:05d}")
+
+
+def learn(
+    learner: Learner, state: TrainState, reference: Params | None, scored: Sequence[ScoredGroup], c: ConfigDict,
+    seed: int, step: int,
+) -> tuple[TrainState, dict[str, float]]:  # fmt: skip
+    """The updates of one step: `epochs` passes over the groups with spread, in `minibatches` parts."""
+    kept = [group for group in scored if group.has_spread]
+    metrics: dict[str, float] = {"groups_without_spread": len(scored) - len(kept)}
+    if not kept:
+        return state, metrics
+    order = setup.np_rng(seed, "minibatches", step).permutation(len(kept))
+    parts = [part for part in np.array_split(order, c.minibatches) if len(part)]
+    batches = [pack_groups([kept[i] for i in part], c.length) for part in parts]
+    old = [learner.score(state.params, batch)[0] for batch in batches]
+    ref = [learner.score(reference, batch)[0] if reference is not None else None for batch in batches]
+    history: list[dict[str, jax.Array]] = []
+    for _ in range(c.epochs):
+        for batch, old_logprobs, ref_logprobs in zip(batches, old, ref, strict=True):
+            state, device_metrics = learner.policy_step(state, batch, old_logprobs, ref_logprobs)
+            history.append(device_metrics)
+    for update in jax.device_get(history):
+        check_finite(update, step)
+        for name, value in update.items():
+            metrics[name] = metrics.get(name, 0.0) + float(value) / len(history)
+    first = jax.device_get(history[0])
+    return state, {**metrics, "entropy": float(first["entropy"])}
+
+
+def pack_groups(groups: Sequence[ScoredGroup], length: int) -> Batch:
+    """The trajectories of these groups with their advantages, loss on what the model sampled."""
+    return pack(
+        (
+            sequence_from_trajectory(trajectory, sources=("model",), advantage=float(advantage))
+            for group in groups
+            for trajectory, advantage in zip(group.group.trajectories, group.advantages, strict=True)
+        ),
+        length,
+        multiple=8,
+    )
+
+
+def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Means over all rollouts of a step."""
+    trajectories = [t for group in scored for t in group.group.trajectories]
+    return {
+        "reward": float(np.mean(np.concatenate([group.rewards for group in scored]))),
+        "correctness": float(np.mean(np.concatenate([group.correctness for group in scored]))),
+        "format_valid": float(np.mean([t.format_error is None for t in trajectories])),
+        "calls": float(np.mean([len(t.calls) for t in trajectories])),
+        "failed_calls": float(np.mean([sum(call.result.failed for call in t.calls) for t in trajectories])),
+        "model_tokens": float(np.mean([t.model_tokens for t in trajectories])),
+        "rollout_tokens": float(sum(t.model_tokens for t in trajectories)),
+    }
+
+
+def line(m: dict[str, float]) -> str:
+    """What a person watches, one line a step."""
+    seconds = "  ".join(f"{k.removeprefix('seconds/')} {v:.1f}s" for k, v in m.items() if k.startswith("seconds/"))
+    learned = (
+        f"entropy {m['entropy']:.2f}  clipped {m['clip_fraction']:.1%}  gap {m['sampler_gap_mean']:.1e}  "
+        if "entropy" in m
+        else "no group with spread, no update  "
+    )
+    return (
+        f"reward {m['reward']:+.3f}  correct {m['correctness']:.3f}  calls {m['calls']:.2f}  "
+        f"length {m['model_tokens']:.0f}  {learned}{m['rollout_tokens_per_second']:,.0f} tokens/s  {seconds}"
+    )

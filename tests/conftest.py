@@ -1,0 +1,12 @@
+"""What the tests share: the tiny world's real tokenizer."""
+
+import pytest
+
+from etagent_jax.tokenizer import Tokenizer
+from etagent_jax.world import World
+from etagent_jax.world.vocabulary import make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(make_tokenizer(World.make(0)))
