@@ -20,11 +20,12 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.base = {
         "demonstrations": 8000,  # of each sort, clean and flawed
         "clean_fraction": 0.45,  # of the steps, first, on clean demonstrations
-        "rows": 16,
+        "rows": 8,
+        "micro_batches": 4,
         "length": 256,
-        "checkpoint_every": 100,
+        "checkpoint_every": 250,
         "optimizer": {
-            "name": "muon", "learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 30, "total_steps": 700,
+            "name": "muon", "learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 30, "total_steps": 1500,
             "end_fraction": 0.1, "weight_decay": 0.01, "b2": 0.95,
         },
     }  # fmt: skip

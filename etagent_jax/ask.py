@@ -31,7 +31,13 @@ if TYPE_CHECKING:
 QUICKSTART = Path("runs/quickstart")
 STAGES = ("phase2", "phase1", "sft", "base")
 MAX_CONTEXT = 4096
-COLOURS = {"think": "bright_black", "result": "green", "answer": "bold bright_white", "text": "red"}
+COLOURS = {
+    "question": "default",
+    "think": "bright_black",
+    "result": "green",
+    "answer": "bold bright_white",
+    "text": "red",
+}
 CALL_COLOUR = "cyan"
 WITHOUT_RUN = {
     "seed": 0,
@@ -107,8 +113,8 @@ def show(text: str, console: "Console") -> None:
         body = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", body).strip()
         if tag == "text" and not body:
             continue
-        indented = body.replace("\n", "\n" + " " * 9)
-        console.print(Text(f"{tag:>7}  ", "bold").append(indented, COLOURS.get(tag, CALL_COLOUR)), soft_wrap=True)
+        indented = body.replace("\n", "\n" + " " * 10)
+        console.print(Text(f"{tag:>8}  ", "bold").append(indented, COLOURS.get(tag, CALL_COLOUR)), soft_wrap=True)
 
 
 async def ask(options: argparse.Namespace) -> None:
@@ -146,8 +152,7 @@ async def ask(options: argparse.Namespace) -> None:
     try:
         watched = Watched(policy, tokenizer, console)
         agent = make_agent(config, watched, tokenizer, tools)
-        console.print(f"[bold]{'question':>7}[/bold] ", end="")
-        console.print(options.question, markup=False, soft_wrap=True)
+        show(f"<question>{options.question}</question>", console)
         trajectory = await agent.rollout(
             question, id="ask", seed=secrets.randbelow(2**31), temperature=options.temperature
         )
@@ -168,9 +173,9 @@ async def ask(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     from etagent_jax.policy.sglang import SGLangError
 
-    options = parse(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         asyncio.run(ask(options))

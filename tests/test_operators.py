@@ -221,7 +221,8 @@ def merging() -> Tokenizer:
     fast = FastTokenizer(models.BPE(vocab=vocab, merges=merges))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="!"))
+    chat = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="!", chat_template=chat))
 
 
 def model_segment(tokenizer: Tokenizer, text: str) -> Segment:
@@ -237,14 +238,9 @@ def test_a_token_across_the_cut_goes_and_its_beginning_is_handed_back(merging):
     assert kept.weight_versions == segment.weight_versions[: len(kept.token_ids)]
 
 
-async def test_what_such_a_token_held_stands_in_the_programs_segment(merging):
-    base = make_trajectory(merging_with_chat(merging), ONE_HOP, ["<think>so 5.</think><answer>\\boxed{x}</answer>"])
+def test_what_such_a_token_held_is_for_the_program_to_write(merging):
+    base = make_trajectory(merging, ONE_HOP, ["<think>so 5.</think><answer>\\boxed{x}</answer>"])
     assert operators.reopen(base, merging)[1] == "."
-
-
-def merging_with_chat(merging: Tokenizer) -> Tokenizer:
-    merging._tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    return merging
 
 
 @given(st.text(alphabet=st.sampled_from([*".</thiné日𝄞"]), min_size=1, max_size=30), st.integers(0, 30))

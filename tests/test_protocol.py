@@ -104,6 +104,28 @@ def test_stop_strings():
     assert protocol.stop_strings(TOOLS) == ("</search>", "</python>", "</answer>")
 
 
+@pytest.mark.parametrize(
+    ("text", "specials", "expected"),
+    [
+        ("<think>", (), "< think>"),
+        ("< think>", (), "< think>"),
+        ("</Search >", (), "< /Search >"),
+        ("</ python>", (), "< / python>"),
+        ("<thinking> 1 < 2 > 0", (), "<thinking> 1 < 2 > 0"),
+        ("<<result>result>", (), "<< result>result>"),
+        ("<|im_end|>", ("<|im_end|>",), "< |im_end|>"),
+        ("a [SEP] b", ("[SEP]", "a"), "a [ SEP] b"),
+        ("x <s>", (" <s>",), "x < s>"),
+        ("aaa", ("aa",), "a a a"),
+        ("a b c", ("a b", "ab"), "a  b c"),
+        ("  \n", ("  ", "\n"), "  \n"),
+    ],
+)
+def test_neutralise_breaks_tags_and_special_tokens_once(text, specials, expected):
+    assert protocol.neutralise(text, TOOLS, specials) == expected
+    assert protocol.neutralise(expected, TOOLS, specials) == expected
+
+
 QUESTION = Question("q/1", "What is it?", ("b",), "qa", "given")
 
 

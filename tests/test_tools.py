@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from etagent_jax.tools.search import NO_RESULTS, LocalSearch
 
 
 @pytest.fixture
-async def python():
+async def python(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     tool = PythonTool(timeout_seconds=10, workers=2, max_output_chars=200)
     yield tool
     await tool.close()
@@ -157,7 +159,10 @@ async def test_python_runs_calls_side_by_side(python, tmp_path):
     assert [result.output for result in results] == ["met", "met"]
 
 
-async def test_python_cancelled_call_leaves_no_reply_process_or_folder(tmp_path):
+async def test_python_cancelled_call_leaves_no_reply_process_or_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     tool = PythonTool(workers=1)
     started = tmp_path / "started"
     os.mkfifo(started)
@@ -168,13 +173,13 @@ async def test_python_cancelled_call_leaves_no_reply_process_or_folder(tmp_path)
     with pytest.raises(asyncio.CancelledError):
         await running
     assert (await tool.run("print('fresh')")).output == "fresh"
-    workers, folder = [*tool._idle, *tool._leaving], tool._folder
+    workers = [*tool._idle, *tool._leaving]
     assert len(workers) == 2
-    assert os.path.isdir(folder)
+    assert os.listdir(folder)
     await tool.close()
     assert not is_alive(pid)
     assert not any(is_alive(worker.pid) for worker in workers)
-    assert not os.path.exists(folder)
+    assert not os.listdir(folder)
     assert (await tool.run("'again'")).output == "again"
     await tool.close()
 

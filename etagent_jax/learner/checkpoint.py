@@ -82,12 +82,13 @@ class Checkpoints:
 
 
 def is_whole(place: Path) -> bool:
-    """Whether the checkpoint folder `place` holds every file of its manifest, at full size."""
-    manifest = place / MANIFEST
-    if not manifest.is_file():
+    """Whether the checkpoint folder `place` holds the files of its manifest, at full size."""
+    try:
+        manifest = json.loads((place / MANIFEST).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
         return False
     there = _sizes(place)
-    return all(there.get(name) == size for name, size in json.loads(manifest.read_text()).items())
+    return all(there.get(name) == size for name, size in manifest.items())
 
 
 def _sizes(place: Path) -> dict[str, int]:

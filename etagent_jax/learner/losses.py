@@ -103,8 +103,8 @@ def policy_loss(
 
     With log-probabilities ℓ under the current weights, ℓ_old under those before the update, ℓ_s from
     the sampler (all at the sampling temperature, [R, T]) and ratio r = exp(ℓ - ℓ_old), a token's
-    objective is min(r A, clip(r, 1 - low, 1 + high) A) (PPO, eq. 7; separate bounds as in DAPO,
-    eq. 10), at least c A where A < 0 (dual clip: arXiv 1912.09729, eq. 4), times the constant
+    objective is min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv 1707.06347, eq. 7; separate bounds
+    as in DAPO, arXiv 2503.14476), at least c A where A < 0 (dual clip, arXiv 1912.09729), times the constant
     min(exp(ℓ_old - ℓ_s), C) (truncated importance sampling between engines).  To its negative are
     added kl_coefficient · (exp(ℓ_ref - ℓ) - (ℓ_ref - ℓ) - 1) (k3: GRPO, arXiv 2402.03300, eq. 4)
     and -entropy_coefficient · entropy.

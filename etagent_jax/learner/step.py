@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -40,7 +41,7 @@ class Learner:
     """The jitted steps of one model on one mesh.
 
     sft_step(state, batch) -> (state, metrics)
-    policy_step(state, batch, old_logprobs, ref_logprobs=None) -> (state, metrics)
+    policy_step(state, batch, old_logprobs, ref_logprobs or None) -> (state, metrics), all by position
     score(params, batch) -> (logprobs, entropy), float32 [R, T], at the policy's temperature
 
     A step takes its `state` for good: the buffers are donated, so a copy must be made of what is to
@@ -65,14 +66,14 @@ class Learner:
         self.policy = PolicyLossConfig() if policy is None else policy
         self.micro_batches = micro_batches
         self.config = model
-        self._create = lambda key: Transformer(model, nnx.Rngs(key), remat)
-        self.graph, abstract = nnx.split(nnx.eval_shape(lambda: self._create(jax.random.key(0))))
+        create = lambda key: Transformer(model, nnx.Rngs(key), remat)
+        self.graph, abstract = nnx.split(nnx.eval_shape(create, jax.random.key(0)))
         params, axes = nnx.to_pure_dict(abstract), logical_axes(abstract)
         self._optimizer = make_optimizer(optimizer, axes)
         self._schedule = learning_rate(optimizer)
 
-        create = lambda params: TrainState(jnp.int32(0), params, self._optimizer.init(params))
-        abstract_state = jax.eval_shape(create, params)
+        fresh = lambda params: TrainState(jnp.int32(0), params, self._optimizer.init(params))
+        abstract_state = jax.eval_shape(fresh, params)
         placed = parameter_shardings(params, axes, self.mesh)
         self.shardings: TrainState = state_shardings(abstract_state, placed, self.mesh)
         self.abstract_state: TrainState = jax.tree.map(
@@ -80,6 +81,9 @@ class Learner:
             abstract_state,
             self.shardings,
         )
+        initial = lambda key: nnx.to_pure_dict(nnx.state(create(key), nnx.Param))
+        self._initial_params = jax.jit(initial, out_shardings=self.shardings.params)
+        self._initial_opt_state = jax.jit(self._optimizer.init, out_shardings=self.shardings.opt_state)
         rows, replicated = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
         jit_step = lambda step, *inputs: jax.jit(
             step, in_shardings=(self.shardings, *inputs), out_shardings=(self.shardings, replicated), donate_argnums=0
@@ -90,8 +94,7 @@ class Learner:
 
     def init_state(self, seed: int) -> TrainState:
         """Fresh parameters, made where they lie; the same for every mesh."""
-        create = lambda key: nnx.to_pure_dict(nnx.state(self._create(key), nnx.Param))
-        return self._fresh(jax.jit(create, out_shardings=self.shardings.params)(jax.random.key(seed)))
+        return self._fresh(self._initial_params(jax.random.key(seed)))
 
     def load_state(self, model: Transformer) -> TrainState:
         """A copy of the parameters of `model`, with a fresh optimizer."""
@@ -105,8 +108,8 @@ class Learner:
         return nnx.merge(self.graph, params)
 
     def _fresh(self, params: Params) -> TrainState:
-        opt_state = jax.jit(self._optimizer.init, out_shardings=self.shardings.opt_state)(params)
-        return TrainState(jax.device_put(jnp.int32(0), self.shardings.step), params, opt_state)
+        step = jax.device_put(np.int32(0), self.shardings.step)
+        return TrainState(step, params, self._initial_opt_state(params))
 
     def _sft_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         tokens = token_count(batch)

@@ -1,7 +1,8 @@
 """The decoder-only transformer of the Qwen2 and Qwen3 families, in Flax NNX, layers scanned.
 
 Shapes: B rows, T tokens of a row, D hidden size, N query heads, K key/value heads, H head size,
-F feed-forward size, V vocabulary, L layers, S cache positions.
+F feed-forward size, V vocabulary, L layers, S cache positions.  Inside a layer the hidden states of
+all tokens are one matrix [B·T, D], so that no product and no gradient needs a transposed copy.
 """
 
 from collections.abc import Callable
@@ -108,9 +109,9 @@ class Attention(nnx.Module):
         self.head_dim, self.theta = c.head_dim, c.rope_theta
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [B, T, D] → query [B, T, N, H], key and value [B, T, K, H], positions applied."""
+        """x [B·T, D], positions [B, T] → query [B, T, N, H], key and value [B, T, K, H], positions applied."""
         query, key, value = (
-            layer(x).reshape(*x.shape[:2], -1, self.head_dim) for layer in (self.query, self.key, self.value)
+            layer(x).reshape(*positions.shape, -1, self.head_dim) for layer in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -118,18 +119,18 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
         query, key, value = self.project(x, positions)
-        return self.output(attention.attend(query, key, value, mask).reshape(*x.shape[:2], -1))
+        return self.output(attention.attend(query, key, value, mask).reshape(x.shape[0], -1))
 
     def extend(
         self, x: jax.Array, positions: jax.Array, cache: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """As `__call__`, for tokens whose keys and values join the cache at their positions."""
         query, key, value = self.project(x, positions)
-        rows = jnp.arange(x.shape[0])[:, None]
+        rows = jnp.arange(positions.shape[0])[:, None]
         keys = cache[0].at[rows, :, positions].set(key, mode="drop")
         values = cache[1].at[rows, :, positions].set(value, mode="drop")
         out = attention.attend_cache(query, keys, values, positions)
-        return self.output(out.reshape(*x.shape[:2], -1)), (keys, values)
+        return self.output(out.reshape(x.shape[0], -1)), (keys, values)
 
 
 class FeedForward(nnx.Module):
@@ -197,8 +198,12 @@ class Transformer(nnx.Module):
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(body, self.embedding[...][tokens], self.layers)
-        return self.norm(x)
+        x, _ = jax.lax.scan(body, self.embed(tokens), self.layers)
+        return self.norm(x).reshape(*tokens.shape, -1)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """tokens [B, T] → [B·T, D]."""
+        return self.embedding[...][tokens.reshape(-1)]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] → float32 logits [..., V]."""
@@ -212,13 +217,13 @@ class Transformer(nnx.Module):
         Positions of a row ascend; one ≥ S is neither stored nor meaningful (an idle slot).
         Returns hidden states [B, T, D] and the cache with the new tokens in it.
         """
-        x = self.embedding[...][tokens]
+        x = self.embed(tokens)
         grown = []
         for i, layer_cache in enumerate(cache):
             layer = jax.tree.map(lambda p, i=i: p[i], self.layers)
             x, layer_cache = layer.extend(x, positions, layer_cache)
             grown.append(layer_cache)
-        return self.norm(x), tuple(grown)
+        return self.norm(x).reshape(*tokens.shape, -1), tuple(grown)
 
     def empty_cache(self, batch: int, size: int) -> Cache:
         shape = (batch, self.config.num_kv_heads, size, self.config.head_dim)

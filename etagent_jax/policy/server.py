@@ -152,6 +152,8 @@ def _input_ids(body: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
     if text is not None:
         if not isinstance(text, str):
             raise BadRequest("text must be one string")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise BadRequest("text holds half of a surrogate pair")
         return tokenizer.encode(text)
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise BadRequest("input_ids must be one list of integers")

@@ -103,7 +103,7 @@ class SGLangPolicy:
         url = self.url + path
         try:
             async with self._slots:
-                response = await retrying(self._send, method, url, body, headers)
+                response: httpx.Response = await retrying(self._send, method, url, body, headers)
         except httpx.HTTPStatusError as error:
             code, said = error.response.status_code, _message(error.response)
             tries = f" ({TRIES} tries)" if _may_pass(error) else ""

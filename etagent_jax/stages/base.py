@@ -45,7 +45,7 @@ async def run(config: ConfigDict, directory: StageDirectory) -> dict[str, float]
     tokenizer = Tokenizer(make_tokenizer(setup.world(config)))
     learner = Learner(
         model_config(config, tokenizer), OptimizerConfig(**c.optimizer), mesh=setup.make_mesh(config),
-        remat=config.remat,
+        micro_batches=c.micro_batches, remat=config.remat,
     )  # fmt: skip
     metrics = await supervised.train(
         directory, learner, lambda: learner.init_state(config.seed), curriculum(config, tokenizer),

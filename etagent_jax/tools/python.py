@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import shutil
 import sys
 import tempfile
 import time
@@ -34,7 +33,7 @@ class PythonTool:
     without environment or input, killed with all its descendants when its time is over.  It runs
     as the same user on the same machine: it can read and write what that user can (many files of
     16 MiB included), use the network and signal other processes.  This guards against accidents,
-    not against malice.
+    not against malice.  Linux only.
     """
 
     name = "python"
@@ -56,7 +55,6 @@ class PythonTool:
         self._slots = asyncio.Semaphore(workers)
         self._idle: list[asyncio.subprocess.Process] = []
         self._leaving: list[asyncio.subprocess.Process] = []
-        self._folder: str | None = None
 
     async def run(self, text: str) -> ToolResult:
         """Run the code `text`; a worker that dies meanwhile is replaced and the call made once more."""
@@ -73,7 +71,7 @@ class PythonTool:
             return ToolResult(UNAVAILABLE, "unavailable", time.perf_counter() - start, detail="two workers died")
 
     async def close(self) -> None:
-        """End the workers and whatever they still run, and remove their folder."""
+        """End the workers and whatever they still run."""
         for worker in self._idle:
             self._dismiss(worker)
         for worker in self._leaving:
@@ -85,16 +83,11 @@ class PythonTool:
                 await worker.wait()
         self._idle, self._leaving = [], []
         self._slots = asyncio.Semaphore(self.workers)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
 
     async def _start(self) -> asyncio.subprocess.Process:
-        if self._folder is None:
-            self._folder = tempfile.mkdtemp(prefix="etagent_python_")
         return await asyncio.create_subprocess_exec(
             sys.executable, "-s", "-P", str(WORKER),
-            str(self.timeout_seconds), str(self.memory_mib), str(self.max_output_chars), self._folder,
+            str(self.timeout_seconds), str(self.memory_mib), str(self.max_output_chars), tempfile.gettempdir(),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=ENVIRONMENT,
             start_new_session=True, limit=(1 << 16) + 12 * self.max_output_chars,
         )  # fmt: skip

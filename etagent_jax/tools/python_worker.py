@@ -3,7 +3,8 @@
     python -s -P python_worker.py TIMEOUT_SECONDS MEMORY_MIB MAX_OUTPUT_CHARS FOLDER
 
 reads one call a line on stdin, a JSON string of code, and answers each with one line on stdout,
-a JSON list [status, output].  It ends when stdin is closed, at once and with whatever was running.
+a JSON list [status, output].  Calls run in temporary folders inside FOLDER.  It ends when stdin is
+closed, at once and with whatever was running, and leaves no folder.
 Linux only.  It imports nothing but the standard library, so that it starts and forks fast.
 """
 
@@ -166,17 +167,17 @@ def watch(pid: int, output: int, bounds: Bounds) -> tuple[bytes, int | None]:
 def answer(code: str, bounds: Bounds, folder: str) -> tuple[str, str]:
     """Run one call; return its status and what the model is to see."""
     (output, write_output), (report, write_report) = os.pipe(), os.pipe()
-    own_folder = tempfile.mkdtemp(dir=folder)
+    call_folder = tempfile.mkdtemp(dir=folder)
     pid = os.fork()
     if pid == 0:
-        child(code, bounds, own_folder, write_output, write_report)
+        child(code, bounds, call_folder, write_output, write_report)
     os.close(write_output)
     os.close(write_report)
     kept, wait_status = watch(pid, output, bounds)
     error = os.read(report, 4 * MAX_ERROR_CHARS).decode(errors="replace")
     os.close(output)
     os.close(report)
-    shutil.rmtree(own_folder, ignore_errors=True)
+    shutil.rmtree(call_folder, ignore_errors=True)
 
     text = kept.decode(errors="replace").rstrip()
     if len(text) > bounds.chars:
@@ -198,10 +199,11 @@ def main() -> None:
     seconds, memory_mib, chars, folder = sys.argv[1:]
     bounds = Bounds(float(seconds), int(memory_mib) << 20, int(chars))
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    for line in sys.stdin.buffer:
-        reply = json.dumps(answer(json.loads(line), bounds, folder)).encode() + b"\n"
-        while reply:
-            reply = reply[os.write(1, reply) :]
+    with tempfile.TemporaryDirectory(prefix="etagent_python_", dir=folder, ignore_cleanup_errors=True) as own_folder:
+        for line in sys.stdin.buffer:
+            reply = json.dumps(answer(json.loads(line), bounds, own_folder)).encode() + b"\n"
+            while reply:
+                reply = reply[os.write(1, reply) :]
 
 
 if __name__ == "__main__":

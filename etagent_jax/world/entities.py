@@ -8,7 +8,7 @@ import numpy as np
 
 # Consonant, vowel, consonant: no stretch of three letters inside a name but its own syllables has
 # that form, so a name can be cut into syllables in one way only.
-SYLLABLES = tuple(map("".join, itertools.product("bdfgklmprtvz", "aeio", "lnr")))
+SYLLABLES = tuple(map("".join, itertools.product("bdgklmrt", "aeio", "ln")))
 
 COUNTRY_RELATIONS = ("capital", "ruler", "population", "area")
 CITY_RELATIONS = ("mayor", "founding year")
