@@ -21,8 +21,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
             preset,
             tiny={
                 "steps": 10,
-                "reward": {"variant": "paper", "sigma_tool": 1.5, "sigma_length": 0.7, "decay": True},
-                "optimizer": {"name": "adamw", "learning_rate": 3e-4},
+                "reward": {"variant": "sign_preserving", "sigma_tool": 1.5, "sigma_length": 0.7, "decay": True},
+                "optimizer": {"name": "muon", "learning_rate": 3e-4},
             },
             qwen={"reward": {"variant": "paper", "sigma_tool": 0.2, "sigma_length": 0.5, "decay": True}},
         )

@@ -17,11 +17,11 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.sft = choose(
         preset,
         tiny={
-            "epochs": 3, "rows": 16, "length": 256, "checkpoint_every": 50,
-            "optimizer": {"name": "adamw", "learning_rate": 5e-4, "schedule": "cosine", "warmup_ratio": 0.1},
+            "epochs": 2, "rows": 8, "length": 256, "micro_batches": 4, "checkpoint_every": 50,
+            "optimizer": {"name": "adamw", "learning_rate": 1e-4, "schedule": "cosine", "warmup_ratio": 0.1},
         },
         qwen={
-            "epochs": 3, "rows": 32, "length": 10_000, "checkpoint_every": 50,
+            "epochs": 3, "rows": 32, "length": 10_000, "micro_batches": 8, "checkpoint_every": 50,
             "optimizer": {"name": "adamw", "learning_rate": 5e-6, "schedule": "cosine", "warmup_ratio": 0.1,
                           "weight_decay": 0.0},
         },

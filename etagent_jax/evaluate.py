@@ -6,16 +6,12 @@ Prints a table and writes <run>/report/calibration.{json,md,png}.  Trajectories 
 not sampled again.
 """
 
-from absl import app
+from ml_collections import ConfigDict
 
-from etagent_jax.command import CONFIG, run_to_completion
-
-
-def main(_: list[str]) -> None:
-    run_to_completion(_evaluate, CONFIG.value)
+from etagent_jax import command
 
 
-async def _evaluate(config) -> None:
+async def main(config: ConfigDict) -> None:
     from etagent_jax.stages import evaluate
 
     report = await evaluate.run(config)
@@ -23,4 +19,4 @@ async def _evaluate(config) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -9,20 +9,16 @@ ET-Agent's own three rounds.  Fields go by dots: --config.seed=1 --config.run=ru
 checkpoint, and the same command resumes it.
 """
 
-from absl import app
+from ml_collections import ConfigDict
 
-from etagent_jax.command import CONFIG, run_to_completion
-
-
-def main(_: list[str]) -> None:
-    run_to_completion(_train, CONFIG.value)
+from etagent_jax import command
 
 
-async def _train(config) -> None:
+async def main(config: ConfigDict) -> None:
     from etagent_jax.stages.chain import run_chain
 
     await run_chain(config)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -44,6 +44,9 @@ class Learner:
     policy_step(state, batch, old_logprobs, ref_logprobs or None) -> (state, metrics), all by position
     score(params, batch) -> (logprobs, entropy), float32 [R, T], at the policy's temperature
 
+    Rows are worked on in `micro_batches` equal parts; parts at the end that hold only padding are
+    skipped, so that batches of different size share one compiled shape.
+
     A step takes its `state` for good: the buffers are donated, so a copy must be made of what is to
     live on.  Rows must be a multiple of micro_batches × data × fsdp.  Metrics are float32 scalars on
     the device, exact means over the tokens that bear loss.  An update that is not finite leaves
@@ -130,23 +133,34 @@ class Learner:
         return self._update(state, loss, (batch, old_logprobs, ref_logprobs), more)
 
     def _score(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        def one(batch: Batch) -> tuple[jax.Array, jax.Array]:
-            scores = losses.token_scores(self.model(params), batch, self.policy.temperature)
-            return scores.logprobs, scores.entropy
+        micro_batches = self._split(batch)
 
-        scores = jax.lax.map(one, self._split(batch))
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, x.shape[-1]), scores)
+        def one(i: jax.Array, out: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            inputs = jax.tree.map(lambda x: x[i], micro_batches)
+            scores = losses.token_scores(self.model(params), inputs, self.policy.temperature)
+            return out[0].at[i].set(scores.logprobs), out[1].at[i].set(scores.entropy)
+
+        zeros = jnp.zeros(micro_batches.tokens.shape, jnp.float32)
+        scores = jax.lax.fori_loop(0, used_micro_batches(micro_batches), one, (zeros, zeros))
+        return jax.tree.map(self._join, scores)
 
     def _split(self, rows: Any) -> Any:
         """Arrays [R, T] as micro-batches [M, R / M, T], no row leaving its device."""
         sharding = NamedSharding(self.mesh, P(None, *ROWS))
+        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
         def split(x: jax.Array) -> jax.Array:
             check_rows(x.shape[0], self.micro_batches, self.mesh)
-            x = x.reshape(-1, self.micro_batches, x.shape[1]).swapaxes(0, 1)
-            return jax.lax.with_sharding_constraint(x, sharding)
+            by_device = x.reshape(devices, self.micro_batches, -1, x.shape[1])
+            micro_batches = by_device.swapaxes(0, 1).reshape(self.micro_batches, -1, x.shape[1])
+            return jax.lax.with_sharding_constraint(micro_batches, sharding)
 
         return jax.tree.map(split, rows)
+
+    def _join(self, x: jax.Array) -> jax.Array:
+        """Micro-batches [M, R / M, T] as [R, T] again."""
+        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return x.reshape(self.micro_batches, devices, -1, x.shape[-1]).swapaxes(0, 1).reshape(-1, x.shape[-1])
 
     def _update(
         self,
@@ -158,13 +172,15 @@ class Learner:
         """One optimizer update with the gradients of `loss` summed over the micro-batches of `inputs`."""
         gradient = jax.grad(loss, has_aux=True)
 
-        def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(state.params, micro_batch)), None
-
         micro_batches = self._split(inputs)
+
+        def add(i: jax.Array, total: Any) -> Any:
+            micro_batch = jax.tree.map(lambda x: x[i], micro_batches)
+            return jax.tree.map(jnp.add, total, gradient(state.params, micro_batch))
+
         shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro_batches))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (gradients, metrics), _ = jax.lax.scan(add, zeros, micro_batches)
+        gradients, metrics = jax.lax.fori_loop(0, used_micro_batches(micro_batches), add, zeros)
 
         grad_norm = optax.global_norm(gradients)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
@@ -176,6 +192,16 @@ class Learner:
             jax.tree.map(keep, opt_state, state.opt_state),
         )
         return new, {**metrics, **more, "grad_norm": grad_norm, "learning_rate": self._schedule(state.step)}
+
+
+def used_micro_batches(micro_batches: Any) -> jax.Array:
+    """How many leading micro-batches hold a token: int32 [].  The rest is padding, and costs nothing.
+
+    micro_batches: a Batch of arrays [M, r, T], or a tuple that starts with one.
+    """
+    batch = micro_batches if isinstance(micro_batches, Batch) else micro_batches[0]
+    holds_tokens = (batch.segment_ids > 0).any(axis=(1, 2))
+    return jnp.max(jnp.where(holds_tokens, jnp.arange(1, len(holds_tokens) + 1), 0))
 
 
 def token_count(batch: Batch) -> jax.Array:

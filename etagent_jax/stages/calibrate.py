@@ -54,7 +54,7 @@ async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict
     model = weights.load(parent, config.remat)
     learner = Learner(
         model.config, optimizer_config(c), policy=policy_loss_config(c), mesh=setup.make_mesh(config),
-        remat=config.remat,
+        micro_batches=c.micro_batches, remat=config.remat,
     )  # fmt: skip
     checkpoints = Checkpoints(directory.checkpoints)
     latest = checkpoints.latest()
@@ -163,7 +163,9 @@ def learn(
         return state, metrics
     order = setup.np_rng(seed, "minibatches", step).permutation(len(kept))
     parts = [part for part in np.array_split(order, c.minibatches) if len(part)]
-    batches = [pack_groups([kept[i] for i in part], c.length) for part in parts]
+    most = -(-c.questions_per_step // c.minibatches) * c.samples  # sequences, each of them a row at worst
+    rows = -(-most // c.micro_batches) * c.micro_batches
+    batches = [pack_groups([kept[i] for i in part], c.length, rows) for part in parts]
     old = [learner.score(state.params, batch)[0] for batch in batches]
     ref = [learner.score(reference, batch)[0] if reference is not None else None for batch in batches]
     history: list[dict[str, jax.Array]] = []
@@ -179,8 +181,11 @@ def learn(
     return state, {**metrics, "entropy": float(first["entropy"])}
 
 
-def pack_groups(groups: Sequence[ScoredGroup], length: int) -> Batch:
-    """The trajectories of these groups with their advantages, loss on what the model sampled."""
+def pack_groups(groups: Sequence[ScoredGroup], length: int, rows: int) -> Batch:
+    """The trajectories of these groups with their advantages, loss on what the model sampled.
+
+    Always `rows` rows, so that the step is compiled once; the learner skips the empty ones.
+    """
     return pack(
         (
             sequence_from_trajectory(trajectory, sources=("model",), advantage=float(advantage))
@@ -188,7 +193,7 @@ def pack_groups(groups: Sequence[ScoredGroup], length: int) -> Batch:
             for trajectory, advantage in zip(group.group.trajectories, group.advantages, strict=True)
         ),
         length,
-        multiple=8,
+        rows=rows,
     )
 
 

@@ -16,10 +16,6 @@ def validate(config: ConfigDict) -> None:
         raise ValueError("the config has no stage to run")
     for stage in config.stages:
         StageDirectory(config, stage).check()
-    if config.policy.backend != "embedded":
-        raise ValueError(
-            f"config.policy.backend is {config.policy.backend!r}: training generates with 'embedded' so far"
-        )
     for name in config.tools:
         if name not in ("python", "search"):
             raise ValueError(f"config.tools: unknown tool {name!r}; there are python and search")
@@ -28,6 +24,10 @@ def validate(config: ConfigDict) -> None:
     elif not Path(config.model.path).is_dir():
         raise FileNotFoundError(
             f"config.model.path: {config.model.path} is no folder; download the model and give --config.model.path=…"
+        )
+    if config.policy.backend != "embedded":
+        raise ValueError(
+            f"config.policy.backend is {config.policy.backend!r}: training generates with 'embedded' so far"
         )
     for stage in config.stages:
         if "reward" in config[stage]:

@@ -8,8 +8,11 @@ from ml_collections import ConfigDict
 
 from etagent_jax.data.store import write_json_atomic
 
-RUNTIME = frozenset({"stages", "mesh", "policy", "remat", "reviser"})
-"""Settings that say how a stage runs and not what it computes; they may differ when it is resumed."""
+RUNTIME = (
+    "run", "stages", "mesh", "remat", "policy.backend", "policy.url", "reviser.url", "reviser.concurrency",
+    "rollout.concurrency", "tools.python.workers",
+)  # fmt: skip
+"""Settings that say where and how a stage runs and not what it computes; they may differ when it is resumed."""
 
 
 class StageDirectory:
@@ -37,7 +40,7 @@ class StageDirectory:
         differing = [
             f"{key} was {before.get(key, 'not set')}, now {now.get(key, 'not set')}"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
+            if before.get(key) != now.get(key) and not key.startswith(RUNTIME)
         ]
         if differing:
             raise ValueError(
@@ -60,9 +63,9 @@ class StageDirectory:
 
 
 def recorded_settings(config: ConfigDict, stage: str) -> dict[str, Any]:
-    """The settings that decide what a stage computes: the shared ones and its own."""
+    """The settings of a stage: the shared ones and its own."""
     others = {*config.stages, "evaluate"} - {stage}
-    return {key: value for key, value in config.to_dict().items() if key not in others | RUNTIME | {"run"}}
+    return {key: value for key, value in config.to_dict().items() if key not in others}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

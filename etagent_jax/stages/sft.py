@@ -27,7 +27,9 @@ async def run(config: ConfigDict, directory: StageDirectory) -> dict[str, float]
     warmup_ratio = settings.pop("warmup_ratio")
     optimizer = OptimizerConfig(**settings, total_steps=steps, warmup_steps=math.ceil(warmup_ratio * (steps - 1)))
     model = weights.load(parent, config.remat)
-    learner = Learner(model.config, optimizer, mesh=setup.make_mesh(config), remat=config.remat)
+    learner = Learner(
+        model.config, optimizer, mesh=setup.make_mesh(config), micro_batches=c.micro_batches, remat=config.remat
+    )
     metrics = await supervised.train(
         directory, learner, lambda: learner.load_state(model), supervised.epochs_of_rows(batch, c.rows, config.seed),
         steps, tokenizer, c.checkpoint_every, "sft",

@@ -1,0 +1,229 @@
+"""Runs of the whole chain, killed and resumed, and what is refused before a run begins."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import evaluate as evaluate_config
+from configs import paper, phase2
+from etagent_jax.stages import calibrate, chain
+from etagent_jax.stages.directory import StageDirectory
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--config.base.optimizer.total_steps=300", "--config.base.demonstrations=3000",
+    "--config.base.checkpoint_every=100", "--config.questions.countries=60", "--config.flywheel.questions=24",
+    "--config.phase1.steps=1", "--config.phase1.selection.questions=48", "--config.phase1.questions_per_step=8",
+    "--config.phase1.samples=4", "--config.phase2.steps=3", "--config.phase2.selection.questions=48",
+    "--config.phase2.questions_per_step=8", "--config.phase2.samples=4",
+]  # fmt: skip
+
+
+def start(module: str, config: str, run: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", f"etagent_jax.{module}", f"--config=configs/{config}.py", f"--config.run={run}"]
+    return subprocess.Popen(
+        [*command, *SMALL, *flags], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate()
+    assert process.returncode == 0, f"{out[-3000:]}\n{err[-3000:]}"
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """A small run of all stages, never interrupted."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    finish(start("train", "phase2", run))
+    return run
+
+
+@pytest.fixture
+def run_before_phase2(finished_run, tmp_path) -> Path:
+    run = tmp_path / "resumed"
+    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("phase2"))
+    return run
+
+
+def weights_of(run: Path) -> bytes:
+    return (run / "phase2" / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_chain_leaves_what_is_promised(finished_run):
+    for stage in ("base", "sft", "phase1", "phase2"):
+        assert {p.name for p in (finished_run / stage / "model").iterdir()} >= {
+            "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        }  # fmt: skip
+    rows = [json.loads(line) for line in (finished_run / "phase2" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    updated = [row for row in rows if "loss" in row]
+    assert updated
+    assert max(row["sampler_gap_mean"] for row in updated) < 1e-4
+    assert all(row["grad_norm"] > 0 for row in updated)
+    assert (finished_run / "phase2" / "model" / "model.safetensors").read_bytes() != (
+        finished_run / "sft" / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_run_again(finished_run):
+    before = weights_of(finished_run)
+    out = finish(start("train", "phase2", finished_run))
+    assert out.count("done before") == 5
+    assert weights_of(finished_run) == before
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_phase2_ends_with_the_same_bits(finished_run, run_before_phase2):
+    chance = random.Random(0)
+    trajectories = run_before_phase2 / "phase2" / "trajectories"
+    kills = 0
+    for _ in range(4):
+        process = start("train", "phase2", run_before_phase2)
+        seen = sum(p.stat().st_size for p in trajectories.glob("*")) if trajectories.exists() else 0
+        while process.poll() is None:  # wait for it to get on with its work, then kill it at any moment
+            size = sum(p.stat().st_size for p in trajectories.glob("*")) if trajectories.exists() else 0
+            if size > seen:
+                time.sleep(chance.uniform(0, 1.5))
+                break
+            time.sleep(0.05)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    finish(start("train", "phase2", run_before_phase2))
+    assert kills >= 2
+    assert weights_of(run_before_phase2) == weights_of(finished_run)
+    for name in ("selection-0.jsonl", "step-00000.jsonl", "step-00001.jsonl", "step-00002.jsonl"):
+        once, again = (
+            {row["id"]: [s["token_ids"] for s in row["segments"]] for row in map(json.loads, file.open())}
+            for file in (run / "phase2" / "trajectories" / name for run in (finished_run, run_before_phase2))
+        )
+        assert once == again
+
+
+@pytest.mark.slow
+def test_sigterm_stops_at_a_checkpoint_with_status_zero(finished_run, run_before_phase2):
+    process = start("train", "phase2", run_before_phase2)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("phase2 1/3"):
+            process.send_signal(signal.SIGTERM)
+            break
+    assert "the same command goes on from here" in finish(process)
+    assert not (run_before_phase2 / "phase2" / "DONE").exists()
+    finish(start("train", "phase2", run_before_phase2))
+    assert weights_of(run_before_phase2) == weights_of(finished_run)
+
+
+@pytest.mark.slow
+def test_evaluation_reports_every_stage_once(finished_run):
+    flags = ("--config.evaluate.questions=26", "--config.evaluate.samples=2")
+    finish(start("evaluate", "evaluate", finished_run, *flags))
+    report = json.loads((finished_run / "report" / "calibration.json").read_text())
+    assert list(report["stages"]) == ["base", "sft", "phase1", "phase2"]
+    for stage in report["stages"].values():
+        assert set(stage["by_kind"]) == {"given", "arithmetic", "one_hop", "two_hops", "compute"}
+        assert stage["greedy"]["questions"] == 26
+        low, high = stage["sampled"]["correctness"]["ci95"]
+        assert low <= stage["sampled"]["correctness"]["mean"] <= high
+    assert (finished_run / "report" / "calibration.png").stat().st_size > 10_000
+    sampled = (finished_run / "evaluate" / "trajectories" / "phase2-sampled.jsonl").read_bytes()
+    finish(start("evaluate", "evaluate", finished_run, *flags))
+    assert (finished_run / "evaluate" / "trajectories" / "phase2-sampled.jsonl").read_bytes() == sampled
+
+
+def config_in(folder: Path) -> ConfigDict:
+    config = phase2.get_config()
+    config.run = str(folder)
+    return config
+
+
+def test_a_directory_of_another_config_is_refused_with_the_fields(tmp_path):
+    StageDirectory(config_in(tmp_path), "phase1").open()
+    config = config_in(tmp_path)
+    config.phase1.optimizer.learning_rate = 0.5
+    config.model.hidden_size = 64
+    config.phase2.steps = 99  # another stage's
+    config.mesh.fsdp = 2  # how it runs, not what
+    with pytest.raises(ValueError, match=r"model\.hidden_size was 128, now 64; phase1\.optimizer\.learning_rate") as e:
+        chain.validate(config)
+    assert "phase2" not in str(e.value)
+    assert "mesh" not in str(e.value)
+
+
+def test_settings_that_cannot_work_are_refused_before_any_work(tmp_path):
+    def refused(change, message):
+        config = config_in(tmp_path)
+        change(config)
+        with pytest.raises((ValueError, OSError), match=message):
+            chain.validate(config)
+
+    refused(lambda c: c.tools.update({"telepathy": ConfigDict()}), "unknown tool 'telepathy'")
+    refused(lambda c: c.phase1.loss.update(clip_low=2.0), "clip_low must be in")
+    refused(lambda c: c.phase2.reward.update(variant="kind"), "reward variant 'kind'")
+    refused(lambda c: c.base.optimizer.update(name="sgd"), "adamw or muon")
+    refused(lambda c: c.flywheel.update(initial=0), "initial")
+    refused(lambda c: c.rollout.update(calls=-1), "calls must be at least 0")
+    refused(lambda c: c.policy.update(backend="telegraph"), "telegraph")
+    refused(lambda c: c.questions.update(source="files", train=str(tmp_path / "none.jsonl")), r"none\.jsonl")
+
+
+def test_a_broken_question_file_is_named_with_its_line(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "a?", "answer": "b"}\n{"question": "c?"}\n')
+    config = config_in(tmp_path)
+    config.questions.update(source="files", train=str(path))
+    with pytest.raises(ValueError, match=r"questions\.jsonl.*2"):
+        chain.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=configs/phase2.py:huge"], "preset 'huge' is not one of: tiny, qwen2.5-7b"),
+        (["--config=configs/phase2.py", "--config.phase2.stepz=3"], "stepz"),
+        (["--config=configs/nothing.py"], "configs/nothing.py"),
+        (["--config=configs/phase2.py:qwen2.5-7b"], "config.model.path"),
+        ([], "--config=configs/phase2.py"),
+    ],
+)
+def test_wrong_commands_fail_with_a_sentence(flags, message):
+    process = subprocess.run(
+        [sys.executable, "-m", "etagent_jax.train", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode != 0
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_presets_and_the_paper_recipe():
+    tiny, paper_tiny, published = phase2.get_config(), paper.get_config(), paper.get_config("qwen2.5-7b")
+    assert tiny.stages == ("base", "flywheel", "sft", "phase1", "phase2")
+    assert paper_tiny.stages == ("base", "flywheel", "sft", "rounds")
+    rounds = published.rounds
+    assert (rounds.rounds, rounds.selection.select, rounds.selection.samples) == (3, 8_000, 8)
+    assert (rounds.questions_per_step, rounds.samples, rounds.steps) == (64, 16, 3 * 8_000 // 64)
+    assert (rounds.reward.variant, rounds.reward.sigma_tool, rounds.reward.sigma_length) == ("paper", 0.2, 0.5)
+    assert rounds.optimizer.learning_rate == 1e-6
+    assert evaluate_config.get_config().evaluate.questions >= 400
+
+
+def test_sigmas_decay_to_zero_over_a_round():
+    section = phase2.get_config().phase2
+    first, last = calibrate.reward_config(section, 0), calibrate.reward_config(section, section.steps - 1)
+    assert (first.sigma_tool, first.sigma_length) == (1.5, 0.7)
+    assert (last.sigma_tool, last.sigma_length) == (0, 0)
