@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 TRACEBACK_VARIABLE = "ETAGENT_TRACEBACK"
@@ -58,6 +58,7 @@ def _leave(sentence: str) -> NoReturn:
 
 def _run_to_completion(main: Callable[[ConfigDict], Awaitable[None]]) -> None:
     config = _CONFIG.value
+    logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "etagent_jax" / "compilation"))
     try:
