@@ -17,7 +17,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.stages += ("flywheel",)
     config.flywheel = choose(
         preset,
-        tiny={"questions": 128, "initial": 3, "rounds": 3, "seconds": 60.0, "temperature": 1.0, "per_question": 2,
+        tiny={"questions": 128, "initial": 3, "rounds": 3, "seconds": 900.0, "temperature": 1.0, "per_question": 2,
               "extra_calls": 2},
         qwen={"questions": 20_000, "initial": 1, "rounds": 3, "seconds": 1800.0, "temperature": 1.0,
               "per_question": 2, "extra_calls": 4},

@@ -78,7 +78,8 @@ async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict
                 with watch("reward"):
                     scored = [score_group(group, reward_config(c, step % c.steps)) for group in groups]
                 with watch("learn"):
-                    state, metrics = learn(learner, state, reference, scored, c, config.seed, step)
+                    order = setup.np_rng(config.seed, stage, "minibatches", step)
+                    state, metrics = learn(learner, state, reference, scored, c, order, step)
                 with watch("sync"):
                     await push_weights(state.params, step + 1, parts.policy)
                 with watch("checkpoint"):
@@ -154,14 +155,14 @@ class Trial:
 
 def learn(
     learner: Learner, state: TrainState, reference: Params | None, scored: Sequence[ScoredGroup], c: ConfigDict,
-    seed: int, step: int,
+    rng: np.random.Generator, step: int,
 ) -> tuple[TrainState, dict[str, float]]:  # fmt: skip
     """The updates of one step: `epochs` passes over the groups with spread, in `minibatches` parts."""
     kept = [group for group in scored if group.has_spread]
     metrics: dict[str, float] = {"groups_without_spread": len(scored) - len(kept)}
     if not kept:
         return state, metrics
-    order = setup.np_rng(seed, "minibatches", step).permutation(len(kept))
+    order = rng.permutation(len(kept))
     parts = [part for part in np.array_split(order, c.minibatches) if len(part)]
     most = -(-c.questions_per_step // c.minibatches) * c.samples  # sequences, each of them a row at worst
     rows = -(-most // c.micro_batches) * c.micro_batches

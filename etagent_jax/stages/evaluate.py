@@ -53,7 +53,7 @@ async def run(config: ConfigDict) -> Path:
 async def evaluate(config: ConfigDict, directory: StageDirectory) -> dict[str, Any]:
     """The report's numbers: every stage, greedy and sampled, on the same questions."""
     c = config.evaluate
-    questions = setup.questions(config, "test", c.questions, "evaluate")
+    questions = setup.questions(config, c.split, c.questions, "evaluate")
     results = {}
     for stage in c.stages:
         trial = Trial(config, stage, directory.trajectories, questions)

@@ -45,7 +45,7 @@ def world(config: ConfigDict) -> World:
 def questions(config: ConfigDict, split: str, count: int, stage: str) -> list[Question]:
     """Questions for a stage: `count` of them, or all of a file where count is 0.
 
-    Different stages draw different questions of the world; of a file, a different order of it.
+    Each stage makes its own draw from the world; of a file, it takes its own order.
     """
     if config.questions.source == "world":
         return world(config).questions(split, count, stage_seed(config.seed, stage))
@@ -63,8 +63,7 @@ def stage_seed(seed: int, stage: str) -> int:
 
 def np_rng(seed: int, *names: str | int) -> np.random.Generator:
     """A NumPy generator that depends on the run's seed and on these names alone."""
-    words = [word for name in names for word in str(name).encode()]
-    return np.random.default_rng([seed, *words])
+    return np.random.default_rng([seed, *"/".join(map(str, names)).encode()])
 
 
 def make_tools(config: ConfigDict) -> dict[str, Tool]:
