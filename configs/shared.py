@@ -26,7 +26,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
                 "hidden_size": 128, "intermediate_size": 384, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
                 "head_dim": 32, "rope_theta": 10_000.0, "max_position": 512,
             },
-            "questions": {"source": "world", "countries": 2000, "train": "", "validation": "", "test": ""},
+            "questions": {"source": "world", "kind": "", "countries": 2000, "train": "", "validation": "", "test": ""},
             "system_prompt": "Answer with tools.",
             "tools": {
                 "search": {"corpus": "", "top_n": 1, "max_chars": 1000},
@@ -39,7 +39,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         qwen={
             "run": "runs/qwen2.5-7b",
             "model": {"path": "Qwen/Qwen2.5-7B-Instruct"},
-            "questions": {"source": "files", "countries": 0, "train": "data/train.jsonl",
+            "questions": {"source": "files", "kind": "", "countries": 0, "train": "data/train.jsonl",
                           "validation": "data/validation.jsonl", "test": "data/test.jsonl"},
             "system_prompt": "",  # made from the tools' descriptions
             "tools": {

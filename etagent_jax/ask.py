@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from etagent_jax.trajectory import Trajectory
 
 QUICKSTART = Path("runs/quickstart")
-STAGES = ("phase2", "phase1", "sft", "base")
 MAX_CONTEXT = 4096
 COLOURS = {
     "question": "default",
@@ -41,7 +40,7 @@ COLOURS = {
 CALL_COLOUR = "cyan"
 WITHOUT_RUN = {
     "seed": 0,
-    "questions": {"source": "world", "countries": 500},
+    "questions": {"source": "world", "countries": 2000, "kind": ""},
     "system_prompt": "",  # made from the tools' descriptions
     "tools": {"search": {"corpus": "", "top_n": 3}, "python": {"timeout_seconds": 30.0}},
     "rollout": {"calls_per_tool": 6, "calls": 6, "seconds": 600.0},
@@ -65,14 +64,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def find_stage(run: Path) -> Path:
-    """The stage directory that `run` is, or the last finished one in it; FileNotFoundError without one."""
+    """The stage directory that `run` is, or the one in it that was finished last; FileNotFoundError without one."""
     if (run / "model").is_dir() and (run / "config.json").is_file():
         return run
-    for stage in STAGES:
-        if (run / stage / "DONE").is_file():
-            return run / stage
+    finished = [done for done in run.glob("*/DONE") if (done.parent / "model").is_dir()]
+    if finished:
+        return max(finished, key=lambda done: done.stat().st_mtime).parent
     raise FileNotFoundError(
-        f"{run}: holds no finished stage ({', '.join(reversed(STAGES))}); "
+        f"{run}: holds no finished stage with a model; "
         "run `bash launch/quickstart.sh` first, or give --run=… another run"
     )
 

@@ -63,14 +63,29 @@ def _run_to_completion(main: Callable[[ConfigDict], Awaitable[None]]) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "etagent_jax" / "compilation"))
     try:
         asyncio.run(_until_signal(main, config))
-    except asyncio.CancelledError:
+    except Stopped:
         print(f"stopped; the same command goes on from here ({config.run})", flush=True)
     except (ValueError, FloatingPointError, OSError) as error:
         _leave(str(error))
 
 
+class Stopped(Exception):
+    """A signal asked for the end, and what was to be saved is saved."""
+
+
 async def _until_signal(main: Callable[[ConfigDict], Awaitable[None]], config: ConfigDict) -> None:
     task = asyncio.ensure_future(main(config))
+    signals: list[int] = []
+
+    def stop(number: int) -> None:
+        signals.append(number)
+        task.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    await task
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not signals:
+            raise
+        raise Stopped from None

@@ -6,9 +6,12 @@ Prints a table and writes <run>/report/calibration.{json,md,png}.  Trajectories 
 not sampled again.
 """
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from etagent_jax import command
+
+flags.declare_key_flag("config")
 
 
 async def main(config: ConfigDict) -> None:

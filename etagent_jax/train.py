@@ -9,9 +9,12 @@ ET-Agent's own three rounds.  Fields go by dots: --config.seed=1 --config.run=ru
 checkpoint, and the same command resumes it.
 """
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from etagent_jax import command
+
+flags.declare_key_flag("config")
 
 
 async def main(config: ConfigDict) -> None:

@@ -21,7 +21,7 @@ venv=.venv
 if [ ! -x "$venv/bin/python" ]; then
   interpreter="$(find_python)"
   echo "making $venv with $("$interpreter" --version)"
-  "$interpreter" -m venv "$venv"
+  "$interpreter" -m venv "$venv" || { rm -rf "$venv"; exit 1; }
 fi
 for requirements in $REQUIREMENTS; do
   stamp="$venv/.installed-$requirements"

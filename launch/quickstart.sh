@@ -6,7 +6,7 @@ set -euo pipefail
 REQUIREMENTS="requirements.txt"
 source "$(dirname "$0")/environment.sh"
 
-# JAX's own threads are enough; without a GPU driver, do not look for one.
 export TOKENIZERS_PARALLELISM=false
+trap 'exit 0' INT TERM  # a run that is stopped saves itself; what comes after it must not start
 python -m etagent_jax.train --config=configs/phase2.py "$@"
 python -m etagent_jax.evaluate --config=configs/evaluate.py "$@"

@@ -123,14 +123,14 @@ async def test_an_agent_rolls_out_over_http(engine, policy):
 
 
 async def test_weights_from_disk(tmp_path, engine, policy):
-    await policy.update_weights_from_disk(3, save_model(tmp_path / "new", seed=1))
+    await policy.update_weights(3, save_model(tmp_path / "new", seed=1))
     info = await policy.model_info()
     assert info["model_path"] == str(tmp_path / "new")
     assert info["weight_version"] == "3"
     completion = await policy.generate(prompt(20), Sampling(1.0, 9))
     assert completion.weight_versions == (3,) * 9
     with pytest.raises(SGLangError, match=r"HTTP 400: .*config\.json: not there"):
-        await policy.update_weights_from_disk(4, tmp_path / "nowhere")
+        await policy.update_weights(4, tmp_path / "nowhere")
     assert (await policy.generate(prompt(20), Sampling(1.0, 9))) == completion
 
 

@@ -116,6 +116,20 @@ def test_killed_at_random_moments_phase2_ends_with_the_same_bits(finished_run, r
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["base", "sft", "phase2"])
+def test_killed_between_its_last_checkpoint_and_the_end_a_stage_still_finishes(stage, finished_run, tmp_path):
+    run = tmp_path / "resumed"
+    stages = ("base", "flywheel", "sft", "phase1", "phase2")
+    later = stages[stages.index(stage) + 1 :]
+    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns(*later))
+    (run / stage / "DONE").unlink()
+    shutil.rmtree(run / stage / "model")
+    finish(start("train", stage, run))
+    again, once = ((r / stage / "model" / "model.safetensors").read_bytes() for r in (run, finished_run))
+    assert again == once
+
+
+@pytest.mark.slow
 def test_sigterm_stops_at_a_checkpoint_with_status_zero(finished_run, run_before_phase2):
     process = start("train", "phase2", run_before_phase2)
     assert process.stdout is not None
@@ -153,7 +167,8 @@ def config_in(folder: Path) -> ConfigDict:
 
 
 def test_a_directory_of_another_config_is_refused_with_the_fields(tmp_path):
-    StageDirectory(config_in(tmp_path), "phase1").open()
+    with StageDirectory(config_in(tmp_path), "phase1").opened():
+        pass
     config = config_in(tmp_path)
     config.phase1.optimizer.learning_rate = 0.5
     config.model.hidden_size = 64
@@ -163,6 +178,29 @@ def test_a_directory_of_another_config_is_refused_with_the_fields(tmp_path):
         chain.validate(config)
     assert "phase2" not in str(e.value)
     assert "mesh" not in str(e.value)
+
+
+def test_a_stage_made_from_another_parent_is_refused(tmp_path):
+    config = config_in(tmp_path)
+    for stage in ("base", "flywheel", "sft"):
+        directory = StageDirectory(config, stage)
+        with directory.opened():
+            directory.model.mkdir()
+            (directory.model / "model.safetensors").write_bytes(stage.encode())
+            directory.finish({"seconds": 1.0})
+    chain.validate(config)
+    sft = StageDirectory(config, "sft")
+    (sft.model / "model.safetensors").write_bytes(b"other weights")
+    with StageDirectory(config, "phase1").opened():
+        sft.finish({"seconds": 1.0})
+    with pytest.raises(ValueError, match=r"phase1 belongs to another config: made from\.sft was"):
+        chain.validate(config)
+
+
+def test_two_processes_do_not_work_on_one_stage(tmp_path):
+    first, second = (StageDirectory(config_in(tmp_path), "base").opened() for _ in range(2))
+    with first, pytest.raises(OSError, match="another process"), second:
+        pass
 
 
 def test_settings_that_cannot_work_are_refused_before_any_work(tmp_path):
@@ -179,14 +217,24 @@ def test_settings_that_cannot_work_are_refused_before_any_work(tmp_path):
     refused(lambda c: c.flywheel.update(initial=0), "initial")
     refused(lambda c: c.rollout.update(calls=-1), "calls must be at least 0")
     refused(lambda c: c.policy.update(backend="telegraph"), "telegraph")
-    refused(lambda c: c.questions.update(source="files", train=str(tmp_path / "none.jsonl")), r"none\.jsonl")
+    refused(lambda c: c.tools.search.update(corpus=str(tmp_path / "none.txt")), r"none\.txt")
+    refused(lambda c: c.sft.optimizer.update(schedule="foo"), "constant or cosine")
+    refused(lambda c: c.sft.update(rows=6), "6 rows cannot be split into 4 micro-batches")
+    refused(lambda c: c.phase1.selection.update(questions=10**7), "phase1|10000000")
+    refused(lambda c: c.phase2.selection.update(select=0), r"phase2\.selection\.select must be at least 1")
+    refused(lambda c: c.phase1.update(samples=1), r"phase1\.samples must be at least 2")
+    refused(lambda c: c.policy.update(context=4096), r"policy\.context must be in")
+    refused(lambda c: c.rollout.update(concurrency=0), r"rollout\.concurrency must be")
+    refused(lambda c: c.mesh.update(data=3), "mesh")
 
 
 def test_a_broken_question_file_is_named_with_its_line(tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"question": "a?", "answer": "b"}\n{"question": "c?"}\n')
     config = config_in(tmp_path)
-    config.questions.update(source="files", train=str(path))
+    (tmp_path / "corpus.txt").write_text("a fact\n")
+    config.tools.search.corpus = str(tmp_path / "corpus.txt")
+    config.questions.update(source="files", kind="qa", train=str(path))
     with pytest.raises(ValueError, match=r"questions\.jsonl.*2"):
         chain.validate(config)
 
@@ -197,7 +245,8 @@ def test_a_broken_question_file_is_named_with_its_line(tmp_path):
         (["--config=configs/phase2.py:huge"], "preset 'huge' is not one of: tiny, qwen2.5-7b"),
         (["--config=configs/phase2.py", "--config.phase2.stepz=3"], "stepz"),
         (["--config=configs/nothing.py"], "configs/nothing.py"),
-        (["--config=configs/phase2.py:qwen2.5-7b"], "config.model.path"),
+        (["--config=configs/phase2.py:qwen2.5-7b"], "config.policy.backend"),
+        (["--config=configs/phase2.py:qwen2.5-7b", "--config.policy.backend=embedded"], "config.model.path"),
         ([], "--config=configs/phase2.py"),
     ],
 )

@@ -37,10 +37,10 @@ class Checkpoints:
         An earlier, broken checkpoint of the same step is replaced; a whole one is a ValueError.
         """
         place = self.folder / str(step)
-        if place.exists():
-            if is_whole(place):
-                raise ValueError(f"{place}: a checkpoint of this step is there already")
-            self._manager.delete(step)
+        if is_whole(place):
+            raise ValueError(f"{place}: a checkpoint of this step is there already")
+        for broken in [s for s in self._manager.all_steps() if not is_whole(self.folder / str(s))]:
+            self._manager.delete(broken)  # or it would count among those kept
         args = ocp.args.Composite(state=ocp.args.StandardSave(_named(state)), extra=ocp.args.JsonSave(extra))
         self._manager.save(step, args=args, force=True)
         self._manager.wait_until_finished()

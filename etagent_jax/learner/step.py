@@ -103,8 +103,17 @@ class Learner:
         """A copy of the parameters of `model`, with a fresh optimizer."""
         if model.config != self.config:
             raise ValueError(f"the learner is made for {self.config}, but the model is {model.config}")
+        return self._fresh(self.place(model))
+
+    def place(self, model: Transformer) -> Params:
+        """A copy of the parameters of `model`, where this learner keeps them."""
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        return self._fresh(jax.device_put(params, self.shardings.params, may_alias=False))
+        return jax.device_put(params, self.shardings.params, may_alias=False)
+
+    def whole_rows(self, rows: int) -> int:
+        """The least number of rows, at least `rows`, that every micro-batch and device can share equally."""
+        unit = self.micro_batches * self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-rows // unit) * unit
 
     def model(self, params: Params) -> Transformer:
         """The model of these parameters; it shares their buffers, so it dies with the next step."""

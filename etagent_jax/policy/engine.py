@@ -162,7 +162,7 @@ class Engine:
         for future in waiting:
             if self._failure is None:
                 future.cancel()
-            elif not future.done():
+            elif future.set_running_or_notify_cancel():
                 future.set_exception(RuntimeError(f"the engine's thread has failed: {self._failure!r}"))
 
     def _replace_weights(self, version: int, weights: nnx.State) -> None:

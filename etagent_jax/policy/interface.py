@@ -59,7 +59,11 @@ class Completion:
 
 
 class Policy(Protocol):
-    """A language model that can be sampled and given new weights."""
+    """A language model that can be sampled: all that rollouts ask of one.
+
+    Both policies also take new weights, `update_weights(version, weights)`, in the form that suits
+    them: the engine parameters on the device, a server a folder that it can read.
+    """
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, session: str = "") -> Completion:
         """Continue `token_ids`; `session` names the trajectory, so that its prefix is found again."""

@@ -85,7 +85,7 @@ class SGLangPolicy:
         """What the server serves: `model_path`, `weight_version` and more; SGLangError if it cannot say."""
         return await self._request("GET", "/get_model_info")
 
-    async def update_weights_from_disk(self, version: int, folder: str | Path) -> None:
+    async def update_weights(self, version: int, folder: str | Path) -> None:
         """Serve the Hugging Face `folder` (as the server sees the path) from now on, as `version`."""
         body = {"model_path": str(folder), "weight_version": str(version)}
         answer = await self._request("POST", "/update_weights_from_disk", body)

@@ -4,20 +4,18 @@ Each round: sample with the current policy, select questions by Pareto front, th
 {roll out groups → reward → policy gradient → new weights to the policy}.
 """
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from etagent_jax.data import pareto
 from etagent_jax.data.packing import Batch, pack, sequence_from_trajectory
-from etagent_jax.data.store import TrajectoryLog, write_json_atomic
+from etagent_jax.data.store import write_json_atomic
 from etagent_jax.learner.checkpoint import Checkpoints
 from etagent_jax.learner.losses import PolicyLossConfig
 from etagent_jax.learner.optimizer import OptimizerConfig
@@ -25,11 +23,12 @@ from etagent_jax.learner.step import Learner, Params, TrainState, check_finite
 from etagent_jax.learner.sync import push_weights
 from etagent_jax.model import weights
 from etagent_jax.rollout.agent import Agent
-from etagent_jax.rollout.collector import collect_all
+from etagent_jax.scoring.answers import correctness
 from etagent_jax.scoring.rewards import RewardConfig, ScoredGroup, decayed_sigma, score_group
 from etagent_jax.stages import setup
 from etagent_jax.stages.directory import StageDirectory
 from etagent_jax.stages.metrics import MetricsLog, Stopwatch
+from etagent_jax.stages.sampling import sample_groups
 from etagent_jax.trajectory import Group, Question
 
 
@@ -48,6 +47,21 @@ def reward_config(section: ConfigDict, step: int) -> RewardConfig:
     return RewardConfig(section.reward.variant, section.reward.sigma_tool * scale, section.reward.sigma_length * scale)
 
 
+def check(section: ConfigDict, stage: str, context: int) -> None:
+    """Raise one clear sentence for settings of the stage that cannot work."""
+    policy_loss_config(section), optimizer_config(section), reward_config(section, 0)
+    positive = {name: section[name] for name in ("rounds", "steps", "questions_per_step", "epochs", "minibatches",
+                                                 "micro_batches")}  # fmt: skip
+    positive |= {f"selection.{name}": value for name, value in section.selection.items()}
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"config.{stage}.{name} must be at least 1, got {value}")
+    if section.samples < 2:
+        raise ValueError(f"config.{stage}.samples must be at least 2, a group to compare, got {section.samples}")
+    if section.length < context:
+        raise ValueError(f"config.{stage}.length {section.length} must hold a whole context of {context} tokens")
+
+
 async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict[str, float]:
     c = config[stage]
     parent = setup.parent_model(config, stage)
@@ -56,23 +70,26 @@ async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict
         model.config, optimizer_config(c), policy=policy_loss_config(c), mesh=setup.make_mesh(config),
         micro_batches=c.micro_batches, remat=config.remat,
     )  # fmt: skip
+    reference = learner.place(model) if c.loss.kl_coefficient else None
     checkpoints = Checkpoints(directory.checkpoints)
-    latest = checkpoints.latest()
-    initial = learner.load_state(model)
-    reference = jax.tree.map(jnp.copy, initial.params) if c.loss.kl_coefficient else None
-    state = initial if latest is None else checkpoints.restore(latest, learner.abstract_state)[0]
-    done = latest or 0
+    done = checkpoints.latest() or 0
     summary: dict[str, float] = {}
+    if done:
+        state, summary = checkpoints.restore(done, learner.abstract_state)
+    else:
+        state = learner.load_state(model)
+    del model
 
     async with setup.rollout_parts(config, parent) as parts:
         agent = setup.make_agent(config, parts.policy, parts.tokenizer, parts.tools)
         trial = Trial(config, stage, directory, agent)
         await push_weights(state.params, done, parts.policy)
         with MetricsLog(directory.path, total_steps=c.rounds * c.steps, start_step=done, description=stage) as log:
+            watch = Stopwatch()
             for step in range(done, c.rounds * c.steps):
-                watch = Stopwatch()
-                with watch("select"):
-                    selected = await trial.selected_questions(step // c.steps)
+                if step in (done, step // c.steps * c.steps):
+                    with watch("select"):
+                        selected = await trial.selected_questions(step // c.steps)
                 with watch("rollout"):
                     groups = await trial.groups_of_step(step, selected)
                 with watch("reward"):
@@ -80,14 +97,13 @@ async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict
                 with watch("learn"):
                     order = setup.np_rng(config.seed, stage, "minibatches", step)
                     state, metrics = learn(learner, state, reference, scored, c, order, step)
-                with watch("sync"):
-                    await push_weights(state.params, step + 1, parts.policy)
-                with watch("checkpoint"):
-                    checkpoints.save(step + 1, state, {})
                 summary = {**rollout_metrics(scored), **metrics, **watch.pop()}
                 summary["rollout_tokens_per_second"] = summary.pop("rollout_tokens") / summary["seconds/rollout"]
                 log.log(step, summary, line(summary))
-                await asyncio.sleep(0)
+                with watch("checkpoint"):
+                    checkpoints.save(step + 1, state, summary)
+                with watch("sync"):
+                    await push_weights(state.params, step + 1, parts.policy)
         weights.save(learner.model(state.params), directory.model, parts.tokenizer.eos_ids[0], parts.tokenizer.pad_id)
         parts.tokenizer.save(directory.model)
     checkpoints.close()
@@ -104,14 +120,10 @@ class Trial:
     agent: Agent
 
     async def sample(self, questions: Sequence[Question], samples: int, name: str) -> list[Group]:
-        """`samples` trajectories of each question, in the file `name`.jsonl, those already there included."""
-        with TrajectoryLog(self.directory.trajectories / f"{name}.jsonl") as log:
-            finished = {trajectory.id: trajectory for trajectory in log.read()}
-            return await collect_all(
-                self.agent, questions, samples, tag=f"{self.stage}/{name}", seed=self.config.seed,
-                temperature=self.config[self.stage].temperature, concurrency=self.config.rollout.concurrency,
-                finished=finished, on_trajectory=log.append,
-            )  # fmt: skip
+        return await sample_groups(
+            self.config, self.agent, questions, samples, self.directory.trajectories / f"{name}.jsonl",
+            tag=f"{self.stage}/{name}", temperature=self.config[self.stage].temperature,
+        )  # fmt: skip
 
     async def selected_questions(self, round: int) -> list[Question]:
         """The questions of a round, chosen group-wise by Pareto front with the policy as it was at its start."""
@@ -121,8 +133,8 @@ class Trial:
         path: Path = self.directory.path / f"selection-{round}.json"
         if not path.is_file():
             groups = await self.sample(questions, c.samples, f"selection-{round}")
-            correctness = [score_group(g, RewardConfig("paper", 0, 0)).correctness for g in groups]
-            statistics = pareto.question_statistics(groups, correctness)
+            scores = [np.array([correctness(t.question, t.answer) for t in g.trajectories]) for g in groups]
+            statistics = pareto.question_statistics(groups, scores)
             indices = pareto.select(
                 statistics.tool_variance, statistics.correctness_variance, statistics.eligible, c.select
             )
@@ -134,7 +146,7 @@ class Trial:
             write_json_atomic(path, {
                 "questions": [groups[i].question.id for i in indices],
                 "sampled": len(groups), "eligible": int(statistics.eligible.sum()),
-                "correctness": float(np.mean(np.concatenate(correctness))),
+                "correctness": float(np.mean(np.concatenate(scores))),
             })  # fmt: skip
         return [by_id[id] for id in json.loads(path.read_text())["questions"]]
 
@@ -164,8 +176,7 @@ def learn(
         return state, metrics
     order = rng.permutation(len(kept))
     parts = [part for part in np.array_split(order, c.minibatches) if len(part)]
-    most = -(-c.questions_per_step // c.minibatches) * c.samples  # sequences, each of them a row at worst
-    rows = -(-most // c.micro_batches) * c.micro_batches
+    rows = learner.whole_rows(-(-c.questions_per_step // c.minibatches) * c.samples)  # a row each, at worst
     batches = [pack_groups([kept[i] for i in part], c.length, rows) for part in parts]
     old = [learner.score(state.params, batch)[0] for batch in batches]
     ref = [learner.score(reference, batch)[0] if reference is not None else None for batch in batches]
@@ -178,8 +189,8 @@ def learn(
         check_finite(update, step)
         for name, value in update.items():
             metrics[name] = metrics.get(name, 0.0) + float(value) / len(history)
-    first = jax.device_get(history[0])
-    return state, {**metrics, "entropy": float(first["entropy"])}
+    before, largest_gap = jax.device_get(history[0]), max(float(update["sampler_gap_max"]) for update in history)
+    return state, {**metrics, "entropy": float(before["entropy"]), "sampler_gap_max": largest_gap}
 
 
 def pack_groups(groups: Sequence[ScoredGroup], length: int, rows: int) -> Batch:

@@ -4,7 +4,10 @@ import time
 from pathlib import Path
 
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
 
+from etagent_jax.learner.mesh import check_rows
 from etagent_jax.learner.optimizer import OptimizerConfig
 from etagent_jax.stages import base, calibrate, flywheel, setup, sft
 from etagent_jax.stages.directory import StageDirectory
@@ -16,30 +19,22 @@ def validate(config: ConfigDict) -> None:
         raise ValueError("the config has no stage to run")
     for stage in config.stages:
         StageDirectory(config, stage).check()
-    for name in config.tools:
-        if name not in ("python", "search"):
-            raise ValueError(f"config.tools: unknown tool {name!r}; there are python and search")
-    if "base" in config.stages:
-        OptimizerConfig(**config.base.optimizer)
-    elif not Path(config.model.path).is_dir():
-        raise FileNotFoundError(
-            f"config.model.path: {config.model.path} is no folder; download the model and give --config.model.path=…"
-        )
-    if config.policy.backend != "embedded":
-        raise ValueError(
-            f"config.policy.backend is {config.policy.backend!r}: training generates with 'embedded' so far"
-        )
+    setup.check_shared(config)
+    mesh = setup.make_mesh(config)
     for stage in config.stages:
-        if "reward" in config[stage]:
-            calibrate.policy_loss_config(config[stage])
-            calibrate.optimizer_config(config[stage])
-            calibrate.reward_config(config[stage], 0)
-    if "flywheel" in config.stages:
-        flywheel.flywheel_config(config)
-    setup.budget(config)
-    if config.questions.source != "world":
-        for stage, count in ((s, config[s].get("questions", 0)) for s in config.stages):
-            setup.questions(config, "train", count, stage)
+        section = config[stage]
+        if stage == "flywheel":
+            flywheel.check(section)
+        elif "reward" in section:
+            calibrate.check(section, stage, config.policy.context)
+        else:
+            optimizer = section.optimizer.to_dict()
+            optimizer.pop("warmup_ratio", None)
+            OptimizerConfig(**{"total_steps": 1, **optimizer})
+            check_rows(section.rows, section.micro_batches, mesh)
+        for count in (section.get("questions", 0), section.get("selection", {}).get("questions", 0)):
+            if count:
+                setup.questions(config, "train", count, stage)
 
 
 async def run_chain(config: ConfigDict) -> None:
@@ -51,13 +46,12 @@ async def run_chain(config: ConfigDict) -> None:
             print(f"{stage}: done before, in {directory.path}", flush=True)
             continue
         print(f"{stage}: starts, in {directory.path}", flush=True)
-        directory.open()
-        began = time.perf_counter()
-        cpu_began = time.process_time()
-        summary = await run_stage(config, stage, directory)
-        seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu_began}
-        directory.finish({**summary, **seconds})
-        print(f"{stage}: done in {seconds['seconds']:.0f} s", flush=True)
+        with directory.opened():
+            began, cpu_began = time.perf_counter(), time.process_time()
+            summary = await run_stage(config, stage, directory)
+            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+            directory.finish({**summary, "seconds": seconds, "cpu_seconds": cpu_seconds})
+    print_stages(config)
 
 
 async def run_stage(config: ConfigDict, stage: str, directory: StageDirectory) -> dict[str, float]:
@@ -70,3 +64,19 @@ async def run_stage(config: ConfigDict, stage: str, directory: StageDirectory) -
             return await sft.run(config, directory)
         case _:
             return await calibrate.run(config, directory, stage)
+
+
+def print_stages(config: ConfigDict) -> None:
+    """A table of the stages: how long each took, what it says of itself."""
+    table = Table(title=f"Stages of {Path(config.run)}")
+    for column in ("stage", "wall s", "CPU s", "what it did"):
+        table.add_column(column, justify="left" if column in ("stage", "what it did") else "right")
+    for stage in config.stages:
+        summary = StageDirectory(config, stage).summary()
+        told = ", ".join(
+            f"{name} {value:,.3g}" if isinstance(value, float) else f"{name} {value:,}"
+            for name, value in summary.items()
+            if "seconds" not in name and "/" not in name
+        )
+        table.add_row(stage, f"{summary['seconds']:.0f}", f"{summary['cpu_seconds']:.0f}", told)
+    Console().print(table)

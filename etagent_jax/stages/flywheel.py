@@ -1,6 +1,8 @@
 """Stage `flywheel`: pools of trajectories grown from the base model's own, and fine-tuning data chosen from them."""
 
 import collections
+import contextlib
+from collections.abc import AsyncIterator
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -18,61 +20,75 @@ from etagent_jax.trajectory import Trajectory
 from etagent_jax.world.demonstrations import HINTS
 from etagent_jax.world.reviser import RuleBasedReviser
 
-SELECTED = "selected.jsonl"
-
 
 def score(trajectory: Trajectory) -> float:
     return correctness(trajectory.question, trajectory.answer)
 
 
-def make_reviser(config: ConfigDict) -> Chat:
-    """The reviser's endpoint; without a URL, the rule-based stand-in of the built-in world."""
+@contextlib.asynccontextmanager
+async def reviser_of(config: ConfigDict) -> AsyncIterator[Chat]:
+    """The reviser's endpoint, closed at the end; without a URL, the rule-based stand-in of the built-in world."""
     settings = config.reviser
     if not settings.url:
-        return RuleBasedReviser()
-    return ChatEndpoint(
+        yield RuleBasedReviser()
+        return
+    endpoint = ChatEndpoint(
         settings.url, settings.model, temperature=settings.temperature, max_tokens=settings.max_tokens,
         concurrency=settings.concurrency,
     )  # fmt: skip
+    try:
+        await endpoint.complete([{"role": "user", "content": "Answer with the word ready."}])
+        yield endpoint
+    finally:
+        await endpoint.close()
 
 
-def flywheel_config(config: ConfigDict) -> FlywheelConfig:
-    c = config.flywheel
-    return FlywheelConfig(initial=c.initial, rounds=c.rounds, seconds=c.seconds)
+def flywheel_config(section: ConfigDict) -> FlywheelConfig:
+    return FlywheelConfig(initial=section.initial, rounds=section.rounds, seconds=section.seconds)
+
+
+def check(section: ConfigDict) -> None:
+    """Raise one clear sentence for settings of the stage that cannot work."""
+    flywheel_config(section)
+    for name in ("questions", "per_question"):
+        if section[name] < 1:
+            raise ValueError(f"config.flywheel.{name} must be at least 1, got {section[name]}")
 
 
 async def run(config: ConfigDict, directory: StageDirectory) -> dict[str, float]:
     c = config.flywheel
     questions = setup.questions(config, "train", c.questions, "flywheel")
-    log = TrajectoryLog(directory.trajectories / "flywheel.jsonl")
-    finished = list(log.read())
     pools: dict[str, Pool] = {}
-    async with setup.rollout_parts(config, setup.parent_model(config, "flywheel")) as parts:
+    async with (
+        setup.rollout_parts(config, setup.parent_model(config, "flywheel")) as parts,
+        reviser_of(config) as reviser,
+    ):
         context = Context(
             agent=setup.make_agent(config, parts.policy, parts.tokenizer, parts.tools),
             continuer=setup.make_agent(config, parts.policy, parts.tokenizer, parts.tools, c.extra_calls),
-            reviser=make_reviser(config),
+            reviser=reviser,
             hints=tuple(HINTS) if config.questions.source == "world" else setup.HINTS,
             temperature=c.temperature,
         )
-        growing = run_flywheel(
-            questions, context, flywheel_config(config), seed=config.seed, score=score, is_correct=is_correct,
-            on_trajectory=log.append, finished=finished, concurrency=config.rollout.concurrency,
-        )  # fmt: skip
-        with tqdm(total=len(questions), desc="flywheel", unit="question", disable=None) as bar:
-            async for pool in growing:
-                pools[pool.question.id] = pool
-                bar.update()
-                bar.set_postfix(trajectories=sum(len(p.trajectories) for p in pools.values()), refresh=False)
-    log.close()
+        with (
+            TrajectoryLog(directory.trajectories / "flywheel.jsonl") as log,
+            tqdm(total=len(questions), desc="flywheel", unit="question", disable=None, leave=False) as bar,
+        ):
+            growing = run_flywheel(
+                questions, context, flywheel_config(c), seed=config.seed, score=score, is_correct=is_correct,
+                on_trajectory=log.append, finished=list(log.read()), concurrency=config.rollout.concurrency,
+            )  # fmt: skip
+            async with contextlib.aclosing(growing):
+                async for pool in growing:
+                    pools[pool.question.id] = pool
+                    bar.update()
 
     in_order = [pools[question.id] for question in questions]
     chosen = select_for_sft(in_order, score, is_correct, pattern, c.per_question)
     if not chosen:
         raise ValueError("the flywheel found no trajectory fit for fine-tuning: all are wrong, badly formed, or failed")
-    selected = directory.path / SELECTED
-    selected.unlink(missing_ok=True)
-    with TrajectoryLog(selected) as out:
+    directory.selected.unlink(missing_ok=True)
+    with TrajectoryLog(directory.selected) as out:
         for trajectory in chosen:
             out.append(trajectory)
     summary = summarise(in_order, chosen)
@@ -82,7 +98,8 @@ async def run(config: ConfigDict, directory: StageDirectory) -> dict[str, float]
     )
     print(
         f"flywheel: {summary['trajectories']} trajectories of {len(questions)} questions, "
-        f"{summary['correct']:.0%} correct (of the first samples {summary['correct_first']:.0%}), {len(chosen)} chosen"
+        f"{summary['correct']:.0%} correct (of the first samples {summary['correct_first']:.0%}), "
+        f"{len(chosen)} chosen, {summary['timed_out']} questions out of time"
     )
     return summary
 
@@ -96,7 +113,8 @@ def summarise(pools: list[Pool], chosen: list[Trajectory]) -> dict[str, float]:
     right = collections.Counter(t.origin.operator for pool, t in everything if t.origin and t.id in pool.correct)
     return {
         "trajectories": len(everything), "correct": share(everything), "correct_first": share(first),
-        "chosen": len(chosen), "questions_chosen": len({t.question.id for t in chosen}),
+        "timed_out": sum(pool.timed_out for pool in pools), "chosen": len(chosen),
+        "questions_chosen": len({t.question.id for t in chosen}),
         **{f"made/{operator}": n for operator, n in made.items()},
         **{f"correct/{operator}": right[operator] / n for operator, n in made.items()},
     }  # fmt: skip

@@ -49,7 +49,7 @@ def questions(config: ConfigDict, split: str, count: int, stage: str) -> list[Qu
     """
     if config.questions.source == "world":
         return world(config).questions(split, count, stage_seed(config.seed, stage))
-    found = load_questions(config.questions[split])
+    found = load_questions(config.questions[split], kind=config.questions.kind or None)
     if count > len(found):
         raise ValueError(f"{config.questions[split]}: holds {len(found)} questions, {stage} needs {count}")
     order = np_rng(config.seed, stage).permutation(len(found))
@@ -64,6 +64,30 @@ def stage_seed(seed: int, stage: str) -> int:
 def np_rng(seed: int, *names: str | int) -> np.random.Generator:
     """A NumPy generator that depends on the run's seed and on these names alone."""
     return np.random.default_rng([seed, *"/".join(map(str, names)).encode()])
+
+
+def check_shared(config: ConfigDict) -> None:
+    """Raise one clear sentence for shared settings that cannot work, before anything expensive is done."""
+    if config.policy.backend != "embedded":
+        raise ValueError(
+            f"config.policy.backend is {config.policy.backend!r}, but a run generates with the embedded engine so far: "
+            "give --config.policy.backend=embedded"
+        )
+    if "base" not in config.stages and not Path(config.model.path).is_dir():
+        raise FileNotFoundError(
+            f"config.model.path: {config.model.path} is no folder; download the model and give --config.model.path=…"
+        )
+    longest = config.model.get("max_position", config.policy.context)
+    for name, value, least, most in (
+        ("policy.slots", config.policy.slots, 1, None),
+        ("policy.chunk", config.policy.chunk, 1, config.policy.context),
+        ("policy.context", config.policy.context, 2, longest),
+        ("rollout.concurrency", config.rollout.concurrency, 1, None),
+    ):
+        if value < least or (most is not None and value > most):
+            raise ValueError(f"config.{name} must be in {least}..{'' if most is None else most}, got {value}")
+    budget(config)
+    make_tools(config)
 
 
 def make_tools(config: ConfigDict) -> dict[str, Tool]:

@@ -11,7 +11,6 @@ from etagent_jax.learner.step import Learner
 from etagent_jax.model import weights
 from etagent_jax.stages import setup, supervised
 from etagent_jax.stages.directory import StageDirectory
-from etagent_jax.stages.flywheel import SELECTED
 from etagent_jax.tokenizer import Tokenizer
 
 
@@ -19,7 +18,7 @@ async def run(config: ConfigDict, directory: StageDirectory) -> dict[str, float]
     c = config.sft
     parent = setup.parent_model(config, "sft")
     tokenizer = Tokenizer.load(parent)
-    chosen = list(TrajectoryLog(StageDirectory(config, "flywheel").path / SELECTED).read())
+    chosen = list(TrajectoryLog(StageDirectory(config, "flywheel").selected).read())
     sequences = [sequence_from_trajectory(t, sources=("model", "reviser")) for t in chosen]
     batch = pack(sequences, c.length, multiple=c.rows)
     steps = c.epochs * len(batch.tokens) // c.rows

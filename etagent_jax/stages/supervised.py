@@ -32,9 +32,12 @@ async def train(
     """
     checkpoints = Checkpoints(directory.checkpoints)
     latest = checkpoints.latest()
-    state = initial() if latest is None else checkpoints.restore(latest, learner.abstract_state)[0]
-    start = int(state.step)
     metrics: dict[str, float] = {}
+    if latest is None:
+        state = initial()
+    else:
+        state, metrics = checkpoints.restore(latest, learner.abstract_state)
+    start = int(state.step)
     with MetricsLog(directory.path, total_steps=steps, start_step=start, description=description) as log:
         for step in range(start, steps):
             began = time.perf_counter()
@@ -45,12 +48,12 @@ async def train(
             log.log(step, metrics, line(metrics) if step % 50 == 0 or step + 1 == steps else None)
             due = (step + 1) % checkpoint_every == 0 or step + 1 == steps
             if due:
-                checkpoints.save(step + 1, state, {})
+                checkpoints.save(step + 1, state, metrics)
             try:
                 await asyncio.sleep(0)
             except asyncio.CancelledError:
                 if not due:
-                    checkpoints.save(step + 1, state, {})
+                    checkpoints.save(step + 1, state, metrics)
                 raise
     weights.save(learner.model(state.params), directory.model, tokenizer.eos_ids[0], tokenizer.pad_id)
     tokenizer.save(directory.model)
