@@ -252,9 +252,10 @@ class Engine:
         self.statistics.computed += int((s.position - before.position).sum())
         self.statistics.sampled += int((s.known - before.known)[running].sum())
         for slot in map(int, running[~s.active[running]]):
+            completion = self._completion(slot, self._requests[slot])
             request = self._requests.pop(slot)
             if request.future.set_running_or_notify_cancel():
-                request.future.set_result(self._completion(slot, request))
+                request.future.set_result(completion)
 
     def _completion(self, slot: int, request: _Request) -> Completion:
         s, start = self._slots, len(request.token_ids)

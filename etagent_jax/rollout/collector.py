@@ -77,9 +77,9 @@ async def collect(
 async def collect_all(
     agent: Agent, questions: Sequence[Question], samples: int, *, tag: str, seed: int, temperature: float,
     top_p: float = 1.0, concurrency: int, finished: Mapping[str, Trajectory] = NONE_FINISHED,
-    on_trajectory: Callable[[Trajectory], None],
+    on_trajectory: Callable[[Trajectory], None], on_group: Callable[[Group], None] = lambda _: None,
 ) -> list[Group]:  # fmt: skip
-    """As `collect`, but all groups together, in the order of the questions."""
+    """As `collect`, but all groups together, in the order of the questions; `on_group` sees each as it comes."""
     groups: dict[str, Group] = {}
     collecting = collect(
         agent, questions, samples, tag=tag, seed=seed, temperature=temperature, top_p=top_p,
@@ -88,4 +88,5 @@ async def collect_all(
     async with aclosing(collecting):
         async for group in collecting:
             groups[group.question.id] = group
+            on_group(group)
     return [groups[question.id] for question in questions]

@@ -1,6 +1,7 @@
 """Evaluation: the model of every stage on untouched test questions, and the report on them."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ async def run(config: ConfigDict) -> Path:
     folder = Path(config.run) / "report"
     if not directory.done:
         with directory.opened():
+            began, cpu_began = time.perf_counter(), time.process_time()
             report = await evaluate(config, directory)
             write_report(config, report, folder)
-            directory.finish({"questions": config.evaluate.questions})
+            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+            directory.finish({"seconds": seconds, "cpu_seconds": cpu_seconds})
     calibration.console_table(json.loads((folder / "calibration.json").read_text()))
     return folder
 

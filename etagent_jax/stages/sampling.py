@@ -1,7 +1,6 @@
 """Rollouts of a stage: many groups at once, each trajectory on disk as it finishes, with a progress bar."""
 
 from collections.abc import Sequence
-from contextlib import aclosing
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -9,7 +8,7 @@ from tqdm import tqdm
 
 from etagent_jax.data.store import TrajectoryLog
 from etagent_jax.rollout.agent import Agent
-from etagent_jax.rollout.collector import collect
+from etagent_jax.rollout.collector import collect_all
 from etagent_jax.trajectory import Group, Question
 
 
@@ -21,18 +20,12 @@ async def sample_groups(
 
     They are written to `file`; those already there, from a run that was stopped, are not sampled again.
     """
-    groups: dict[str, Group] = {}
     with (
         TrajectoryLog(file) as log,
         tqdm(total=len(questions), desc=tag, unit="question", disable=None, leave=False) as bar,
     ):
-        finished = {trajectory.id: trajectory for trajectory in log.read()}
-        collecting = collect(
+        return await collect_all(
             agent, questions, samples, tag=tag, seed=config.seed, temperature=temperature, top_p=top_p,
-            concurrency=config.rollout.concurrency, finished=finished, on_trajectory=log.append,
+            concurrency=config.rollout.concurrency, finished={t.id: t for t in log.read()},
+            on_trajectory=log.append, on_group=lambda _: bar.update(),
         )  # fmt: skip
-        async with aclosing(collecting):
-            async for group in collecting:
-                groups[group.question.id] = group
-                bar.update()
-    return [groups[question.id] for question in questions]

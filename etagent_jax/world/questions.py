@@ -13,6 +13,8 @@ from etagent_jax.world.entities import CITY_RELATIONS, NUMBER_RELATIONS, RELATIO
 from etagent_jax.world.solver import evaluate
 
 PROPORTIONS = {"given": 2, "arithmetic": 3, "one_hop": 2, "two_hops": 3, "compute": 3}
+DEMONSTRATED = {**PROPORTIONS, "given": 4}
+"""What demonstrations are about: copying out of the question is the slowest thing to learn."""
 MATHEMATICS = ("arithmetic", "compute")
 
 _FACTORS = range(11, 100)  # of a looked-up number
@@ -93,7 +95,7 @@ def draw_questions(split: Split, count: int, seed: int) -> list[Question]:
 
 
 def any_question(split: Split, rng: np.random.Generator) -> Question:
-    """One random question, its kind in PROPORTIONS."""
-    shares = np.array(list(PROPORTIONS.values()))
-    category = list(PROPORTIONS)[rng.choice(len(shares), p=shares / shares.sum())]
+    """One random question to demonstrate, its kind in the proportions DEMONSTRATED."""
+    shares = np.array(list(DEMONSTRATED.values()))
+    category = list(DEMONSTRATED)[rng.choice(len(shares), p=shares / shares.sum())]
     return nth_question(split, category, int(rng.integers(number_of_questions(split, category))))

@@ -35,7 +35,7 @@ PIECE_SCORE, BYTE_SCORE = -1.0, -20.0
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """A byte-level Unigram tokenizer with the world's syllables; 506 tokens, the same for every seed.
+    """A byte-level Unigram tokenizer with the world's syllables; 426 tokens, the same for every seed.
 
     The likeliest segmentation is the one of fewest pieces, bytes only where no piece fits, so a
     name is its syllables, a number its digits, and any text comes back unchanged.  Protocol tags are
