@@ -2,7 +2,7 @@
 
     python -m etagent_jax.train --config=configs/base.py
 
-About 3 minutes on two cores.  The result answers roughly a quarter of the questions, wastes calls
+About 5 minutes on two cores.  The result answers roughly a quarter of the questions, wastes calls
 where none is needed and stops short where more are: the behaviour that the later stages calibrate.
 A real model brings its own pre-training, so other presets have no such stage.
 """

@@ -2,7 +2,7 @@
 
     python -m etagent_jax.train --config=configs/flywheel.py
 
-About half a minute on two cores with the tiny preset.  Its result is fine-tuning data that is
+About 15 seconds on two cores with the tiny preset.  Its result is fine-tuning data that is
 correct, short, and more varied in how it uses tools than what the model does by itself.
 """
 

@@ -1,6 +1,6 @@
 """Stage `phase2`: calibration that narrows to the best behaviour: the full efficiency reward, decaying.
 
-    python -m etagent_jax.train --config=configs/phase2.py                 # the whole chain, tiny, 5 minutes
+    python -m etagent_jax.train --config=configs/phase2.py                 # the whole chain, tiny: 8 minutes
     python -m etagent_jax.train --config=configs/phase2.py:qwen2.5-7b      # the published numbers
 
 Stages that are finished are not run again; missing ones are run first.

@@ -4,7 +4,7 @@
 
 Presets: tiny (the default: the built-in offline world, from nothing, on a laptop) and qwen2.5-7b.
 Stages, each with its file in configs/: base → flywheel → sft → phase1 → phase2; paper.py holds
-ET-Agent's own three rounds.  Fields go by dots: --config.seed=1 --config.run=runs/mine
+ET-Agent's own three rounds.  Fields go by dots: --config.seed=5 --config.run=runs/mine
 --config.phase2.steps=20.  A finished stage is not run again; Ctrl-C or SIGTERM stops a run at a
 checkpoint, and the same command resumes it.
 """
