@@ -18,7 +18,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         preset,
         tiny={
             "epochs": 2, "rows": 8, "length": 256, "micro_batches": 4, "checkpoint_every": 50,
-            "optimizer": {"name": "adamw", "learning_rate": 1.2e-4, "schedule": "cosine", "warmup_ratio": 0.1},
+            "optimizer": {"name": "adamw", "learning_rate": 1e-4, "schedule": "cosine", "warmup_ratio": 0.1},
         },
         qwen={
             "epochs": 3, "rows": 32, "length": 10_000, "micro_batches": 8, "checkpoint_every": 50,

@@ -1,5 +1,6 @@
 """Runs of the whole chain, killed and resumed, and what is refused before a run begins."""
 
+import importlib
 import json
 import os
 import random
@@ -30,8 +31,10 @@ SMALL = [
 
 def start(module: str, config: str, run: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "-m", f"etagent_jax.{module}", f"--config=configs/{config}.py", f"--config.run={run}"]
+    known = importlib.import_module(f"configs.{config}").get_config()
+    small = [flag for flag in SMALL if flag.split(".")[1] in known]  # a parent's config lacks its children's sections
     return subprocess.Popen(
-        [*command, *SMALL, *flags], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, text=True,
+        [*command, *small, *flags], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
