@@ -1,183 +1,245 @@
-"""Hugging Face model folders: read into a Transformer, written from one."""
+"""Parameters between a Hugging Face folder and the devices they live on, one tensor at a time."""
 
+import itertools
 import json
-import re
+import os
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 
-from etagent_jax.model.transformer import ModelConfig, Remat, Transformer
+from etagent_jax.model import shards
+from etagent_jax.model.folder import hugging_face_config, read_config
+from etagent_jax.model.shards import Stored
+from etagent_jax.model.transformer import ModelConfig, Transformer
 
-ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+Params = dict[str, Any]
+"""Arrays in nested dicts, as nnx.to_pure_dict(nnx.state(model, nnx.Param)) makes them."""
 
-# Where each tensor of a Hugging Face Qwen checkpoint lives in ours; kernels are transposed there.
-LAYER_KEYS = {
-    r"self_attn\.([qkv])_proj\.(weight|bias)": ("attention", {"q": "query", "k": "key", "v": "value"}),
-    r"self_attn\.(o)_proj\.(weight)": ("attention", {"o": "output"}),
-    r"self_attn\.([qk])_norm\.(weight)": ("attention", {"q": "query_norm", "k": "key_norm"}),
-    r"mlp\.(gate|up|down)_proj\.(weight)": ("feed_forward", {"gate": "gate", "up": "up", "down": "down"}),
-    r"(input|post_attention)_layernorm\.(weight)": (
-        None,
-        {"input": "attention_norm", "post_attention": "feed_forward_norm"},
-    ),
+Name = tuple[str, ...]
+"""The path of a parameter in such dicts."""
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+# A kernel is the transposed `weight` of a Hugging Face module, a scale its `weight`.
+LAYER_MODULES = {
+    ("attention", "query"): "self_attn.q_proj",
+    ("attention", "key"): "self_attn.k_proj",
+    ("attention", "value"): "self_attn.v_proj",
+    ("attention", "output"): "self_attn.o_proj",
+    ("attention", "query_norm"): "self_attn.q_norm",
+    ("attention", "key_norm"): "self_attn.k_norm",
+    ("feed_forward", "gate"): "mlp.gate_proj",
+    ("feed_forward", "up"): "mlp.up_proj",
+    ("feed_forward", "down"): "mlp.down_proj",
+    ("attention_norm",): "input_layernorm",
+    ("feed_forward_norm",): "post_attention_layernorm",
 }
-TOP_KEYS = {
-    "model.embed_tokens.weight": ("embedding",),
-    "model.norm.weight": ("norm", "scale"),
-    "lm_head.weight": ("head", "kernel"),
+TOP_TENSORS = {
+    ("embedding",): "model.embed_tokens.weight",
+    ("norm", "scale"): "model.norm.weight",
+    ("head", "kernel"): "lm_head.weight",
 }
 
 
-def read_config(folder: str | Path) -> ModelConfig:
-    """The shape of the model in `folder`; ValueError names what it holds that we do not support."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there; a Hugging Face model folder has a config.json")
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from error
-    architecture = (raw.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture} is not one of {', '.join(ARCHITECTURES)}")
-    if raw.get("use_sliding_window"):
-        raise ValueError(f"{path}: use_sliding_window is set, which is not supported")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"{path}: rope scaling {rope} is not supported")
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "rms_norm_eps", "max_position_embeddings")  # fmt: skip
-    missing = [name for name in required if name not in raw]
-    if missing:
-        raise ValueError(f"{path}: {', '.join(missing)} must be set")
-    is_qwen3 = ARCHITECTURES[architecture] == "qwen3"
-    return ModelConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw["num_key_value_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
-        norm_eps=raw["rms_norm_eps"],
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        qkv_bias=raw.get("attention_bias", False) if is_qwen3 else True,
-        qk_norm=is_qwen3,
-        max_position=raw["max_position_embeddings"],
-        dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
-    )
+def abstract_params(config: ModelConfig) -> Params:
+    """The parameters of a model as jax.ShapeDtypeStruct."""
+    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def hugging_face_config(c: ModelConfig, eos_id: int, pad_id: int) -> dict[str, Any]:
-    """The config.json of a model of this shape, in the spelling that old and new transformers read."""
-    architecture = "Qwen3ForCausalLM" if c.qk_norm else "Qwen2ForCausalLM"
-    return {
-        "architectures": [architecture], "model_type": ARCHITECTURES[architecture], "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size, "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads, "head_dim": c.head_dim,
-        "rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tie_embeddings, "attention_bias": c.qkv_bias,
-        "max_position_embeddings": c.max_position, "hidden_act": "silu", "use_sliding_window": False,
-        "dtype": c.dtype, "torch_dtype": c.dtype, "eos_token_id": eos_id, "pad_token_id": pad_id,
-    }  # fmt: skip
+def folder_keys(name: Name, layers: int) -> list[str]:
+    """The Hugging Face keys of one of our parameters: one, or if it is stacked one for each layer."""
+    if name in TOP_TENSORS:
+        return [TOP_TENSORS[name]]
+    if name[1:-1] not in LAYER_MODULES or name[-1] not in ("kernel", "scale", "bias"):
+        raise ValueError(f"parameter {'.'.join(name)} has no place in a Hugging Face folder "
+                         "(adapters must be merged into their kernels first)")  # fmt: skip
+    leaf = "bias" if name[-1] == "bias" else "weight"
+    return [f"model.layers.{i}.{LAYER_MODULES[name[1:-1]]}.{leaf}" for i in range(layers)]
 
 
-def location(key: str) -> tuple[tuple[str, ...], int | None] | None:
-    """Path of our parameter for a Hugging Face `key`, and its layer; None for a key we do not know."""
-    if key in TOP_KEYS:
-        return TOP_KEYS[key], None
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", key)
-    if match is None:
-        return None
-    for pattern, (part, names) in LAYER_KEYS.items():
-        inner = re.fullmatch(pattern, match.group(2))
-        if inner is not None:
-            name = names[inner.group(1)]
-            leaf = "bias" if inner.group(2) == "bias" else "scale" if name.endswith("norm") else "kernel"
-            return ("layers", *([part] if part else []), name, leaf), int(match.group(1))
-    return None
+def folder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a model's Hugging Face folder, in the order of our parameters."""
+    shapes = {}
+    for name, leaf in flatten_dict(abstract_params(config)).items():
+        shape = leaf.shape[1:] if _stacked(name) else leaf.shape
+        for key in folder_keys(name, config.num_layers):
+            shapes[key] = shape[::-1] if _transposed(name) else shape
+    return shapes
 
 
-def load(folder: str | Path, remat: Remat = "none", dtype: str | None = None) -> Transformer:
-    """The model in a Hugging Face `folder` (safetensors), its parameters as `dtype` (default: the folder's).
-
-    Raises ValueError naming the file and tensor if one is missing, unknown, or of another shape.
-    """
-    folder = Path(folder)
+def load(folder: str | Path, dtype: str | None = None) -> Transformer:
+    """The model in a Hugging Face `folder`, computing in and keeping `dtype` (default: the folder's)."""
     config = read_config(folder)
     if dtype is not None:
-        config = ModelConfig(**{**config.__dict__, "dtype": dtype})
-    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0), remat))
-    graph, abstract = nnx.split(model)
-    flat = dict(nnx.to_flat_state(abstract))
-    arrays = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
-    filled = dict.fromkeys(flat, 0)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: holds no .safetensors file")
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                for key in tensors.keys():  # noqa: SIM118
-                    _place(key, tensors.get_tensor(key), arrays, filled, file, config)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: cannot be read as safetensors ({error}); copy it again") from error
-    missing = [".".join(map(str, p)) for p, n in filled.items() if n < (config.num_layers if p[0] == "layers" else 1)]
+        config = replace(config, dtype=dtype, param_dtype=dtype)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    return nnx.merge(graph, load_params(folder, config))
+
+
+def load_params(
+    folder: str | Path,
+    config: ModelConfig,
+    shardings: Params | None = None,
+    advance: Callable[[int], Any] = lambda _: None,
+) -> Params:
+    """The parameters in `folder`, of config.param_dtype, placed as `shardings` says (default: on one device).
+
+    Every process reads the slices that its own devices hold, a layer at a time; on the host there is never
+    more than one of them.  `advance` is told the bytes read.
+    ValueError names the file and tensor if one is missing, unknown, or of another shape.
+    """
+    stored = check(folder, config)
+    places = None if shardings is None else flatten_dict(shardings)
+    loaded = {}
+    for name, leaf in flatten_dict(abstract_params(config)).items():
+        tensors = [stored[key] for key in folder_keys(name, config.num_layers)]
+        if places is None:
+            loaded[name] = _read_part(name, leaf, tensors, [(0, size) for size in leaf.shape], [None], advance)[0]
+        else:
+            loaded[name] = _read_sharded(name, leaf, tensors, places[name], advance)
+    return unflatten_dict(loaded)
+
+
+def check(folder: str | Path, config: ModelConfig) -> dict[str, Stored]:
+    """The tensors in `folder` by key, after a look at all the files' headers; errors as in `load_params`."""
+    stored, wanted = shards.stored_tensors(folder), folder_shapes(config)
+    for key, tensor in stored.items():
+        if key not in wanted and not (key == TOP_TENSORS["head", "kernel"] and config.tie_embeddings):
+            raise ValueError(f"{tensor.file}: unknown tensor {key}, which a {config.family} model has no place for")
+        if key in wanted and tensor.shape != wanted[key]:
+            raise ValueError(f"{tensor.file}: {key} has shape {tensor.shape}, the configuration asks for {wanted[key]}")
+    missing = [key for key in wanted if key not in stored]
     if missing:
-        raise ValueError(f"{folder}: tensors for {', '.join(missing)} are missing")
-    leaves = [(path, leaf.replace(jax.numpy.asarray(arrays[path]))) for path, leaf in flat.items()]
-    return nnx.merge(graph, nnx.from_flat_state(leaves))
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{folder}: {', '.join(missing[:3])}{more} missing in its safetensors files")
+    return stored
 
 
-def _place(key: str, tensor: np.ndarray, arrays: dict, filled: dict, file: Path, config: ModelConfig) -> None:
-    """Copy one checkpoint tensor to where it belongs."""
-    found = location(key)
-    if found is None or found[0] not in arrays:
-        if key == "lm_head.weight" and config.tie_embeddings:
-            return
-        raise ValueError(f"{file}: unknown tensor {key}")
-    path, layer = found
-    target = arrays[path] if layer is None else arrays[path][layer]
-    value = tensor.T if path[-1] == "kernel" else tensor
-    if value.shape != target.shape:
-        raise ValueError(f"{file}: {key} has shape {tensor.shape}, the configuration asks for {target.shape}")
-    target[...] = value
-    filled[path] += 1
+def save(
+    params: Params,
+    config: ModelConfig,
+    folder: str | Path,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write config.json and the tensors, of config.dtype, as transformers and SGLang read them.
+
+    To be called by all processes; one tensor after the other is gathered, and process 0 writes it.
+    """
+    flat, folder = flatten_dict(params), Path(folder)
+    for name in flat:
+        folder_keys(name, config.num_layers)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / ".config.json.unfinished"
+        unfinished.write_text(json.dumps(hugging_face_config(config, eos_ids, pad_id), indent=2))
+        os.replace(unfinished, folder / "config.json")
+    save_tensors(flat.__getitem__, config, folder, max_shard_bytes=max_shard_bytes)
 
 
-def tensors(model: Transformer) -> dict[str, np.ndarray]:
-    """The parameters of `model` under their Hugging Face keys, contiguous, on the host."""
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    flat = {tuple(map(str, path)): np.asarray(leaf[...]) for path, leaf in state}
-    parts = {"attention": "self_attn", "feed_forward": "mlp"}
-    names = {
-        "query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj", "query_norm": "q_norm",
-        "key_norm": "k_norm", "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
-        "attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm",
-    }  # fmt: skip
-    top = {path: key for key, path in TOP_KEYS.items()}
-    out: dict[str, np.ndarray] = {}
-    for path, value in flat.items():
-        orient = (lambda x: x.T) if path[-1] == "kernel" else (lambda x: x)
-        if path in top:
-            out[top[path]] = np.ascontiguousarray(orient(value))
-            continue
-        leaf = "bias" if path[-1] == "bias" else "weight"
-        prefix = f"{parts[path[1]]}." if path[1] in parts else ""
-        for i in range(value.shape[0]):
-            out[f"model.layers.{i}.{prefix}{names[path[-2]]}.{leaf}"] = np.ascontiguousarray(orient(value[i]))
-    return out
+def save_tensors(
+    read: Callable[[Name], jax.Array],
+    config: ModelConfig,
+    folder: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Callable[[int], Any] = lambda _: None,
+) -> None:
+    """Write the tensors alone; `read` gives the parameters, in turn.  `advance` is told the bytes written."""
+
+    def tensors_of(name: Name, param: jax.Array) -> Iterator[np.ndarray]:
+        for layer, _ in enumerate(folder_keys(name, config.num_layers)):
+            tensor = _take(param, layer, stacked=_stacked(name), transposed=_transposed(name), dtype=config.dtype)
+            if not tensor.is_fully_addressable:
+                tensor = multihost_utils.process_allgather(tensor, tiled=True)
+            yield np.asarray(tensor)
+            advance(tensor.nbytes)
+
+    names = flatten_dict(abstract_params(config))
+    tensors = itertools.chain.from_iterable(tensors_of(name, read(name)) for name in names)  # one parameter at a time
+    if jax.process_index() == 0:
+        shards.write(folder, folder_shapes(config), jnp.dtype(config.dtype), tensors, max_shard_bytes)
+    else:
+        deque(tensors, maxlen=0)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("model folder written")
 
 
-def save(model: Transformer, folder: str | Path, eos_id: int, pad_id: int) -> None:
-    """Write config.json and model.safetensors, as transformers and SGLang read them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hugging_face_config(model.config, eos_id, pad_id), indent=2))
-    save_file(tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
+def _stacked(name: Name) -> bool:
+    return name[0] == "layers"
+
+
+def _transposed(name: Name) -> bool:
+    return name[-1] == "kernel"
+
+
+def _read_sharded(
+    name: Name,
+    leaf: jax.ShapeDtypeStruct,
+    tensors: Sequence[Stored],
+    sharding: jax.sharding.Sharding,
+    advance: Callable[[int], Any],
+) -> jax.Array:
+    """A parameter over the devices of `sharding`, what several of them hold read once."""
+    devices_of = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        assert index is not None
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        devices_of[bounds].append(device)
+    parts = [
+        part
+        for bounds, devices in devices_of.items()
+        for part in _read_part(name, leaf, tensors, bounds, devices, advance)
+    ]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+
+
+def _read_part(
+    name: Name,
+    leaf: jax.ShapeDtypeStruct,
+    tensors: Sequence[Stored],
+    bounds: Sequence[tuple[int, int]],
+    devices: Sequence[jax.Device | None],
+    advance: Callable[[int], Any],
+) -> list[jax.Array]:
+    """What lies inside `bounds` of a parameter, (start, stop) for each axis, on each of `devices`."""
+    inner = bounds[1:] if _stacked(name) else bounds
+    index = tuple(slice(*b) for b in (inner[::-1] if _transposed(name) else inner))
+    shape = tuple(stop - start for start, stop in bounds)
+    parts = [jnp.zeros(shape, leaf.dtype, device=device) for device in devices]
+    for row, tensor in enumerate(tensors[slice(*bounds[0])] if _stacked(name) else tensors):
+        piece = tensor.read(index)
+        advance(piece.nbytes)
+        parts = [
+            _insert(part, jax.device_put(piece, device), row, stacked=_stacked(name), transposed=_transposed(name))
+            for part, device in zip(parts, devices, strict=True)
+        ]
+        jax.block_until_ready(parts)  # or pieces would queue up on the host
+    return parts
+
+
+@partial(jax.jit, static_argnames=("stacked", "transposed"), donate_argnums=0)
+def _insert(part: jax.Array, piece: jax.Array, row: int, *, stacked: bool, transposed: bool) -> jax.Array:
+    """`part` with a tensor of a folder in its place."""
+    piece = (piece.T if transposed else piece).astype(part.dtype)
+    return jax.lax.dynamic_update_index_in_dim(part, piece, row, axis=0) if stacked else piece
+
+
+@partial(jax.jit, static_argnames=("stacked", "transposed", "dtype"))
+def _take(param: jax.Array, layer: int, *, stacked: bool, transposed: bool, dtype: str) -> jax.Array:
+    """The tensor of a folder that is (a layer of) a parameter."""
+    piece = jax.lax.dynamic_index_in_dim(param, layer, keepdims=False) if stacked else param
+    return (piece.T if transposed else piece).astype(dtype)
