@@ -1,5 +1,8 @@
 """Training sequences from trajectories, and their packing into rows."""
 
+import json
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -120,3 +123,28 @@ def test_bad_sequences_are_named():
         TrainingSequence("x", ids.astype(np.int64), np.zeros(2, np.bool_), none)
     with pytest.raises(ValueError, match="not finite"):
         TrainingSequence("x", ids, np.zeros(2, np.bool_), none, advantage=float("nan"))
+
+
+def agent_lengths(count: int, longest: int) -> list[int]:
+    """Lengths of trajectories as an agent's would be with these real search results, four characters a token."""
+    file = Path(__file__).parents[2] / "shared" / "data" / "web_search_results.jsonl"
+    if not file.is_file():
+        pytest.skip("the shared data is not here")
+    results = [len(json.loads(line)["result"]) // 4 for line in file.read_text().splitlines()]
+    rng = np.random.default_rng(0)
+    made = [300 + sum(120 + rng.choice(results) for _ in range(rng.integers(0, 7))) for _ in range(count)]
+    return [min(n, longest) for n in made]
+
+
+def log_normal_lengths(count: int, longest: int) -> list[int]:
+    """A long tail: half below 1,100 tokens, one in twenty above 4,100."""
+    lengths = np.exp(np.random.default_rng(0).normal(7.0, 0.8, count)).astype(int)
+    return [int(n) for n in np.clip(lengths, 50, longest)]
+
+
+@pytest.mark.parametrize("lengths_of", [agent_lengths, log_normal_lengths])
+@pytest.mark.parametrize("length", [6096, 10_000])
+def test_packing_leaves_little_padding_on_real_lengths(lengths_of, length):
+    lengths = lengths_of(2000, length)
+    rows = len(first_fit_decreasing(lengths, length))
+    assert 1 - sum(lengths) / (rows * length) < 0.05

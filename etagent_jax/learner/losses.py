@@ -3,16 +3,17 @@
 Every loss and metric is a sum over the tokens of one micro-batch divided by `token_count`, the number
 of tokens that bear loss in the *whole* batch: summed over micro-batches they are exact global means.
 
-Shapes: R rows, T tokens of a row, V vocabulary.  Entry [r, t] speaks of token t, predicted from t-1.
+Shapes: R rows, T tokens of a row.  Entry [r, t] speaks of token t, predicted from t-1.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from etagent_jax.data.packing import Batch
+from etagent_jax.learner.scores import TokenScores, token_scores
 from etagent_jax.model.transformer import Transformer
 
 Metrics = dict[str, jax.Array]
@@ -20,43 +21,16 @@ Metrics = dict[str, jax.Array]
 MAX_LOG_RATIO = 20.0
 
 
-class TokenScores(NamedTuple):
-    """Of each token, given those before it in its segment; 0 (False) for the first, and for padding.
-
-    logprobs: float32 [R, T], natural.  entropy: float32 [R, T], in nats, of the distribution it was
-    drawn from.  most_likely: bool [R, T], whether no other token was likelier.
-    """
-
-    logprobs: jax.Array
-    entropy: jax.Array
-    most_likely: jax.Array
-
-
-def token_scores(model: Transformer, batch: Batch, temperature: float = 1.0) -> TokenScores:
-    """Score every token of the batch at the temperature it was sampled at."""
-    logits = model.logits(model(batch.tokens, batch.positions, batch.segment_ids)) / temperature
-    top = jax.lax.stop_gradient(logits.max(axis=-1))
-    shifted = logits - top[..., None]
-    exponentials = jnp.exp(shifted)
-    total = exponentials.sum(axis=-1)
-    log_total = jnp.log(total)
-    following = jnp.roll(batch.tokens, -1, axis=1)
-    chosen = jnp.take_along_axis(shifted, following[..., None], axis=-1)[..., 0]
-    entropy = log_total - (exponentials * shifted).sum(axis=-1) / total
-
-    same = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] > 0)
-    align = lambda x: jnp.pad(jnp.where(same, x[:, :-1], 0), ((0, 0), (1, 0)))
-    return TokenScores(align(chosen - log_total), align(entropy), align(chosen >= 0))
-
-
 def masked_mean(values: jax.Array, mask: jax.Array, token_count: jax.Array) -> jax.Array:
     """Sum of `values` where `mask`, over `token_count`; what stands elsewhere never matters."""
     return jnp.where(mask, values, 0).sum() / token_count
 
 
-def sft_loss(model: Transformer, batch: Batch, token_count: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Token-mean cross-entropy over the tokens that bear loss."""
-    scores = token_scores(model, batch)
+def sft_loss(
+    model: Transformer, batch: Batch, token_count: jax.Array, mesh: Mesh | None = None
+) -> tuple[jax.Array, Metrics]:
+    """Token-mean cross-entropy over the tokens that bear loss; `mesh` as in `token_scores`."""
+    scores = token_scores(model, batch, mesh=mesh)
     loss = masked_mean(-scores.logprobs, batch.loss_mask, token_count)
     return loss, {"loss": loss, "accuracy": masked_mean(scores.most_likely, batch.loss_mask, token_count)}
 

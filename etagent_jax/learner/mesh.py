@@ -1,12 +1,16 @@
 """Devices in a mesh, and which axis of which array lies on which axis of it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from etagent_jax.model.transformer import ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
@@ -14,12 +18,13 @@ MESH_AXIS_OF = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads
 """Logical axes of parameters that are split; the others are whole on every device."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh (data, fsdp, tensor) of all devices; at most one size may be -1, what is left.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh (data, fsdp, tensor) of `devices` (default: all there are); at most one size may be -1, what is left.
 
     ValueError if the sizes do not multiply to the number of devices.
     """
-    sizes, count = [data, fsdp, tensor], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp, tensor], len(devices)
     named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"mesh {named}: sizes must be positive, and one of them may be -1")
@@ -27,7 +32,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         sizes[sizes.index(-1)] = max(count // -int(np.prod(sizes)), 1)
     if int(np.prod(sizes)) != count:
         raise ValueError(f"mesh {named}: the sizes must multiply to the number of devices, {count}")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    grid = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_heads(config: ModelConfig, mesh: Mesh) -> None:
+    """ValueError unless every device of the tensor axis gets whole heads, equally many."""
+    tensor = mesh.shape["tensor"]
+    for name, heads in (("query heads", config.num_heads), ("key/value heads", config.num_kv_heads)):
+        if heads % tensor:
+            raise ValueError(f"mesh: a tensor axis of {tensor} does not divide the model's {heads} {name}; "
+                             f"make it a divisor of {config.num_kv_heads} and give the rest to fsdp")  # fmt: skip
 
 
 def logical_axes(params: nnx.State) -> dict[str, Any]:

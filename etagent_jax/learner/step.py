@@ -3,34 +3,52 @@
 Shapes: R rows, T tokens of a row.  Entry [r, t] of any array speaks of token t of row r.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Lowered
 
-from etagent_jax.data.packing import Batch
-from etagent_jax.learner import losses
+from etagent_jax.data.packing import DTYPES, Batch
+from etagent_jax.learner import losses, trainable
+from etagent_jax.learner.lookup import ShardedLookup
 from etagent_jax.learner.losses import Metrics, PolicyLossConfig
-from etagent_jax.learner.mesh import ROWS, check_rows, logical_axes, make_mesh, parameter_shardings, state_shardings
+from etagent_jax.learner.mesh import (
+    ROWS,
+    check_heads,
+    check_rows,
+    logical_axes,
+    make_mesh,
+    parameter_shardings,
+    state_shardings,
+)
 from etagent_jax.learner.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from etagent_jax.model.transformer import ModelConfig, Remat, Transformer
+from etagent_jax.model import weights
+from etagent_jax.model.attention import AttentionKind, kind_of
+from etagent_jax.model.attention import make as make_attention
+from etagent_jax.model.lora import Lora, merge
+from etagent_jax.model.transformer import Execution, ModelConfig, Remat, Transformer
 
-Params = Any
+Params = dict[str, Any]
 """The parameters of a model: nested dicts of arrays; `nnx.merge` makes a model of graph and parameters."""
+
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+"""Gather a weight whole before its product, instead of a ring of products that each touch the whole result."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes.  step: int32 [], updates done."""
+    """All that a step changes.  step: int32 [], updates done.  opt_state: of the parameters that learn."""
 
     step: jax.Array
     params: Params
@@ -38,19 +56,19 @@ class TrainState:
 
 
 class Learner:
-    """The jitted steps of one model on one mesh.
-
-    sft_step(state, batch) -> (state, metrics)
-    policy_step(state, batch, old_logprobs, ref_logprobs or None) -> (state, metrics), all by position
-    score(params, batch) -> (logprobs, entropy), float32 [R, T], at the policy's temperature
+    """The compiled steps of one model on one mesh.
 
     Rows are worked on in `micro_batches` equal parts; parts at the end that hold only padding are
-    skipped, so that batches of different size share one compiled shape.
+    skipped, so that batches of different size share one compiled shape.  Rows must be a multiple of
+    micro_batches × data × fsdp.
+
+    Parameters are kept in float32, whatever the model computes in.  With `lora` only its adapters
+    learn, and the rest is kept in the model's dtype.  `frozen`: regular expressions for the paths of
+    parameters that do not learn (see trainable.py).  What does not learn has no gradient and no moments.
 
     A step takes its `state` for good: the buffers are donated, so a copy must be made of what is to
-    live on.  Rows must be a multiple of micro_batches × data × fsdp.  Metrics are float32 scalars on
-    the device, exact means over the tokens that bear loss.  An update that is not finite leaves
-    parameters and optimizer as they were; `check_finite` raises.
+    live on.  Metrics are float32 scalars on the device, exact means over the tokens that bear loss.  An
+    update that is not finite leaves parameters and optimizer as they were; `check_finite` raises.
     """
 
     def __init__(
@@ -62,20 +80,32 @@ class Learner:
         mesh: Mesh | None = None,
         micro_batches: int = 1,
         remat: Remat = "none",
+        attention: AttentionKind | Literal["auto"] = "auto",
+        lora: Lora | None = None,
+        frozen: tuple[str, ...] = (),
     ):
         if micro_batches < 1:
             raise ValueError(f"learner: micro_batches must be at least 1, got {micro_batches}")
         self.mesh = make_mesh() if mesh is None else mesh
+        check_heads(model, self.mesh)
         self.policy = PolicyLossConfig() if policy is None else policy
         self.micro_batches = micro_batches
-        self.config = model
-        create = lambda key: Transformer(model, nnx.Rngs(key), remat)
+        self.lora = lora
+        self.config = dataclasses.replace(model, param_dtype=model.dtype if lora else "float32")
+
+        attend = make_attention(
+            attention, self.mesh, dtype=model.dtype, head_dim=model.head_dim, num_kv_heads=model.num_kv_heads
+        )
+        self._execution = execution = Execution(remat, attend, ShardedLookup(self.mesh), HiddenSharding(self.mesh))
+        create = lambda key: Transformer(self.config, nnx.Rngs(key), execution, lora)
         self.graph, abstract = nnx.split(nnx.eval_shape(create, jax.random.key(0)))
         params, axes = nnx.to_pure_dict(abstract), logical_axes(abstract)
-        self._optimizer = make_optimizer(optimizer, axes)
+        self.learns = trainable.learning_paths(params, lora is not None, frozen)
+        self._optimizer = make_optimizer(optimizer, trainable.split(axes, self.learns)[0])
         self._schedule = learning_rate(optimizer)
 
-        fresh = lambda params: TrainState(jnp.int32(0), params, self._optimizer.init(params))
+        fresh_moments = lambda params: self._optimizer.init(trainable.split(params, self.learns)[0])
+        fresh = lambda params: TrainState(jnp.int32(0), params, fresh_moments(params))
         abstract_state = jax.eval_shape(fresh, params)
         placed = parameter_shardings(params, axes, self.mesh)
         self.shardings: TrainState = state_shardings(abstract_state, placed, self.mesh)
@@ -86,29 +116,71 @@ class Learner:
         )
         initial = lambda key: nnx.to_pure_dict(nnx.state(create(key), nnx.Param))
         self._initial_params = jax.jit(initial, out_shardings=self.shardings.params)
-        self._initial_opt_state = jax.jit(self._optimizer.init, out_shardings=self.shardings.opt_state)
-        rows, replicated = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
+        self._initial_opt_state = jax.jit(fresh_moments, out_shardings=self.shardings.opt_state)
+        self._row_sharding, replicated = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
+        rows = self._row_sharding
+        options = TPU_OPTIONS if self.mesh.devices.flat[0].platform == "tpu" else None
         jit_step = lambda step, *inputs: jax.jit(
-            step, in_shardings=(self.shardings, *inputs), out_shardings=(self.shardings, replicated), donate_argnums=0
+            step, in_shardings=(self.shardings, *inputs), out_shardings=(self.shardings, replicated),
+            donate_argnums=0, compiler_options=options,
+        )  # fmt: skip
+        self._jit_sft_step = jit_step(self._sft_step, rows)
+        self._jit_policy_step = jit_step(self._policy_step, rows, rows, rows)
+        self._jit_score = jax.jit(
+            self._score, in_shardings=(self.shardings.params, rows), out_shardings=rows, compiler_options=options
         )
-        self.sft_step = jit_step(self._sft_step, rows)
-        self.policy_step = jit_step(self._policy_step, rows, rows, rows)
-        self.score = jax.jit(self._score, in_shardings=(self.shardings.params, rows), out_shardings=rows)
+        self._jit_serving_params = jax.jit(self._serving_params)
+
+    def sft_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update of supervised fine-tuning."""
+        return self._jit_sft_step(state, self.rows(batch))
+
+    def policy_step(
+        self, state: TrainState, batch: Batch, old_logprobs: jax.Array, ref_logprobs: jax.Array | None
+    ) -> tuple[TrainState, Metrics]:
+        """One update of the policy; log-probabilities [R, T] as `score` gives them."""
+        return self._jit_policy_step(state, self.rows(batch), old_logprobs, ref_logprobs)
+
+    def score(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Log-probability and entropy of every token at the policy's temperature, float32 [R, T]."""
+        return self._jit_score(params, self.rows(batch))
+
+    def rows(self, batch: Batch) -> Batch:
+        """The batch on the mesh.  Every process holds it whole, and puts the rows of its own devices there."""
+        check_rows(len(batch.tokens), self.micro_batches, self.mesh)
+        put = lambda x: jax.make_array_from_callback(x.shape, self._row_sharding, lambda index: x[index])
+        return jax.tree.map(put, batch)
+
+    def lower_sft_step(self, rows: int, length: int) -> Lowered:
+        """The fine-tuning step for rows of `length` tokens, from shapes alone, on devices that need not be there."""
+        return self._jit_sft_step.lower(self.abstract_state, self._abstract_rows(rows, length))
+
+    def lower_policy_step(self, rows: int, length: int) -> Lowered:
+        """The policy step likewise, with a reference if its loss has a KL term."""
+        batch = self._abstract_rows(rows, length)
+        logprobs = batch.sampler_logprobs
+        return self._jit_policy_step.lower(
+            self.abstract_state, batch, logprobs, logprobs if self.policy.kl_coefficient else None
+        )
 
     def init_state(self, seed: int) -> TrainState:
         """Fresh parameters, made where they lie; the same for every mesh."""
         return self._fresh(self._initial_params(jax.random.key(seed)))
 
-    def load_state(self, model: Transformer) -> TrainState:
-        """A copy of the parameters of `model`, with a fresh optimizer."""
-        if model.config != self.config:
-            raise ValueError(f"the learner is made for {self.config}, but the model is {model.config}")
-        return self._fresh(self.place(model))
+    def load_state(self, folder: str | Path) -> TrainState:
+        """The parameters of a Hugging Face model folder, with a fresh optimizer."""
+        return self._fresh(self.load_params(folder))
 
-    def place(self, model: Transformer) -> Params:
-        """A copy of the parameters of `model`, where this learner keeps them."""
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        return jax.device_put(params, self.shardings.params, may_alias=False)
+    def load_params(self, folder: str | Path) -> Params:
+        """The parameters of a Hugging Face model folder, read into their shards; adapters as they begin, at zero."""
+        found = weights.read_config(folder)
+        if dataclasses.replace(found, param_dtype=self.config.param_dtype) != self.config:
+            raise ValueError(f"{folder}: the learner is made for {self.config}, but the folder holds {found}")
+        if self.lora is None:
+            return weights.load_params(folder, self.config, self.shardings.params)
+        adapters, _ = trainable.split(self._initial_params(jax.random.key(0)), self._adapters)
+        _, shardings = trainable.split(self.shardings.params, self._adapters)
+        return trainable.join(weights.load_params(folder, self.config, shardings), adapters)
 
     def whole_rows(self, rows: int) -> int:
         """The least number of rows, at least `rows`, that every micro-batch and device can share equally."""
@@ -119,13 +191,62 @@ class Learner:
         """The model of these parameters; it shares their buffers, so it dies with the next step."""
         return nnx.merge(self.graph, params)
 
+    def serving_params(self, params: Params) -> Params:
+        """What a policy is served with, and a folder written from: adapters merged, all in the model's dtype.
+
+        Still sharded over the mesh; they may share buffers with `params`.
+        """
+        return self._jit_serving_params(params)
+
+    def changing(self, state: TrainState) -> TrainState:
+        """The state without the parameters that do not learn: what a checkpoint must hold."""
+        return dataclasses.replace(state, params=trainable.split(state.params, self.learns)[0])
+
+    def resumed(self, changing: TrainState, initial: TrainState) -> TrainState:
+        """The state of a checkpoint, with those parameters again, from the state the run began with."""
+        still = trainable.split(initial.params, self.learns)[1]
+        return dataclasses.replace(changing, params=trainable.join(changing.params, still))
+
+    @property
+    def summary(self) -> str:
+        """What is trained and how, in a line."""
+        sizes = [
+            sum(leaf.size for leaf in jax.tree.leaves(state.params))
+            for state in (self.abstract_state, self.changing(self.abstract_state))
+        ]
+        mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        return (
+            f"{sizes[0]:,} parameters, of which {sizes[1]:,} learn; computed in {self.config.dtype}, "
+            f"attention {kind_of(self._execution.attend)}, remat {self._execution.remat}; "
+            f"mesh {mesh}; {self.micro_batches} micro-batches"
+        )
+
+    @property
+    def compilations(self) -> int:
+        """How many programs the steps have been compiled into so far: one for each step and shape in use."""
+        steps: tuple[Any, ...] = (self._jit_sft_step, self._jit_policy_step, self._jit_score)
+        return sum(step._cache_size() for step in steps)
+
+    @property
+    def _adapters(self) -> trainable.Paths:
+        return trainable.learning_paths(self.abstract_state.params, True, ())
+
+    def _abstract_rows(self, rows: int, length: int) -> Batch:
+        check_rows(rows, self.micro_batches, self.mesh)
+        shape = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=self._row_sharding)
+        return Batch(**{name: shape(dtype) for name, dtype in DTYPES.items()})  # type: ignore[arg-type]
+
     def _fresh(self, params: Params) -> TrainState:
-        step = jax.device_put(np.int32(0), self.shardings.step)
+        step = jax.jit(lambda: jnp.int32(0), out_shardings=self.shardings.step)()
         return TrainState(step, params, self._initial_opt_state(params))
+
+    def _serving_params(self, params: Params) -> Params:
+        merged = merge(params, self.lora) if self.lora is not None else params
+        return jax.tree.map(lambda x: x.astype(self.config.dtype), merged)
 
     def _sft_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         tokens = token_count(batch)
-        loss = lambda params, batch: losses.sft_loss(self.model(params), batch, tokens)
+        loss = lambda params, batch: losses.sft_loss(self.model(params), batch, tokens, self.mesh)
         return self._update(state, loss, batch, {"tokens": tokens})
 
     def _policy_step(
@@ -135,7 +256,7 @@ class Learner:
 
         def loss(params: Params, inputs: tuple) -> tuple[jax.Array, Metrics]:
             batch, old, ref = inputs
-            scores = losses.token_scores(self.model(params), batch, self.policy.temperature)
+            scores = losses.token_scores(self.model(params), batch, self.policy.temperature, self.mesh)
             return losses.policy_loss(scores, batch, old, ref, tokens, self.policy)
 
         more = {"tokens": tokens, **losses.sampler_gap(batch, old_logprobs, tokens)}
@@ -146,7 +267,7 @@ class Learner:
 
         def one(i: jax.Array, out: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             inputs = jax.tree.map(lambda x: x[i], micro_batches)
-            scores = losses.token_scores(self.model(params), inputs, self.policy.temperature)
+            scores = losses.token_scores(self.model(params), inputs, self.policy.temperature, self.mesh)
             return out[0].at[i].set(scores.logprobs), out[1].at[i].set(scores.entropy)
 
         zeros = jnp.zeros(micro_batches.tokens.shape, jnp.float32)
@@ -159,7 +280,6 @@ class Learner:
         devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
         def split(x: jax.Array) -> jax.Array:
-            check_rows(x.shape[0], self.micro_batches, self.mesh)
             by_device = x.reshape(devices, self.micro_batches, -1, x.shape[1])
             micro_batches = by_device.swapaxes(0, 1).reshape(self.micro_batches, -1, x.shape[1])
             return jax.lax.with_sharding_constraint(micro_batches, sharding)
@@ -179,28 +299,39 @@ class Learner:
         more: Metrics,
     ) -> tuple[TrainState, Metrics]:
         """One optimizer update with the gradients of `loss` summed over the micro-batches of `inputs`."""
-        gradient = jax.grad(loss, has_aux=True)
+        learning, still = trainable.split(state.params, self.learns)
+        gradient = jax.grad(lambda learning, inputs: loss(trainable.join(learning, still), inputs), has_aux=True)
+        shardings, _ = trainable.split(self.shardings.params, self.learns)
 
         micro_batches = self._split(inputs)
 
-        def add(i: jax.Array, total: Any) -> Any:
+        def add(i: jax.Array, total: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
             micro_batch = jax.tree.map(lambda x: x[i], micro_batches)
-            return jax.tree.map(jnp.add, total, gradient(state.params, micro_batch))
+            gradients, metrics = jax.tree.map(jnp.add, total, gradient(learning, micro_batch))
+            return jax.lax.with_sharding_constraint(gradients, shardings), metrics
 
-        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro_batches))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        shapes = jax.eval_shape(gradient, learning, jax.tree.map(lambda x: x[0], micro_batches))
+        gradients, metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = jax.lax.with_sharding_constraint(gradients, shardings), metrics
         gradients, metrics = jax.lax.fori_loop(0, used_micro_batches(micro_batches), add, zeros)
 
         grad_norm = optax.global_norm(gradients)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
-        updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = self._optimizer.update(gradients, state.opt_state, learning)
         keep = lambda new, old: jnp.where(finite, new, old)
-        new = TrainState(
-            state.step + 1,
-            jax.tree.map(keep, optax.apply_updates(state.params, updates), state.params),
-            jax.tree.map(keep, opt_state, state.opt_state),
-        )
+        learned = jax.tree.map(keep, optax.apply_updates(learning, updates), learning)
+        new = TrainState(state.step + 1, trainable.join(learned, still), jax.tree.map(keep, opt_state, state.opt_state))
         return new, {**metrics, **more, "grad_norm": grad_norm, "learning_rate": self._schedule(state.step)}
+
+
+@dataclass(frozen=True)
+class HiddenSharding:
+    """Pins hidden states [B·T, D]: rows over data and fsdp, whole along D."""
+
+    mesh: Mesh
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*ROWS, None)))
 
 
 def used_micro_batches(micro_batches: Any) -> jax.Array:
