@@ -122,6 +122,7 @@ async def ask(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from etagent_jax.model import weights
+    from etagent_jax.model.folder import read_config
     from etagent_jax.policy.engine import Engine
     from etagent_jax.policy.interface import Sampling
     from etagent_jax.policy.sglang import SGLangPolicy
@@ -137,7 +138,7 @@ async def ask(options: argparse.Namespace) -> None:
         stage = find_stage(options.run or QUICKSTART)
         folder, settings = options.model or stage / "model", json.loads((stage / "config.json").read_text())
     config = ConfigDict(settings)
-    shape = weights.read_config(folder)
+    shape = read_config(folder)
     config.policy = {"context": min(shape.max_position, MAX_CONTEXT)}
 
     console = Console(highlight=False)

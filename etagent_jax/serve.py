@@ -2,7 +2,10 @@
 
     python -m etagent_jax.serve --model runs/quickstart/phase2/model --port 30000
     curl localhost:30000/generate -d '{"text": "…", "sampling_params": {"max_new_tokens": 32, "temperature": 0}}'
+    curl localhost:30000/generate -d '{"text": "…", "sampling_params": {"max_new_tokens": 0},
+                                       "return_logprob": true, "logprob_start_len": 0}'
 
+The second request samples nothing: it asks how probable the given tokens are.
 SIGTERM or Ctrl-C ends it, with exit status 0.
 """
 
@@ -58,14 +61,16 @@ def serve(options: argparse.Namespace) -> None:
     import uvicorn
 
     from etagent_jax.model import weights
-    from etagent_jax.policy.engine import Engine
+    from etagent_jax.model.folder import read_config
+    from etagent_jax.policy.engine import Engine, check_fit
     from etagent_jax.policy.interface import Sampling
     from etagent_jax.policy.server import make_app
     from etagent_jax.tokenizer import Tokenizer
 
-    config = weights.read_config(options.model)
+    config = read_config(options.model)
     tokenizer = Tokenizer.load(options.model)
     context = options.context or min(config.max_position, MAX_DEFAULT_CONTEXT)
+    check_fit(config, tokenizer, context, options.model)
     engine = Engine(weights.load(options.model), tokenizer, slots=options.slots, context=context)
     try:
         warm_up = (0,) * min(32, context - 1)

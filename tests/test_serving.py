@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import socket
 import threading
@@ -10,15 +11,14 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+from flax import nnx
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from etagent_jax.model import weights
-from etagent_jax.policy.interface import Completion, Sampling
+from etagent_jax.model.transformer import ModelConfig
+from etagent_jax.policy.interface import Sampling
 from etagent_jax.policy.server import make_app
-from etagent_jax.policy.sglang import TRIES, SGLangError, SGLangPolicy
+from etagent_jax.policy.sglang import SGLangError, SGLangPolicy
 from etagent_jax.rollout.agent import Agent, Budget
 from etagent_jax.tools.search import LocalSearch
 from etagent_jax.trajectory import Question, Segment
@@ -64,25 +64,10 @@ async def policy(url):
         yield policy
 
 
-def save_model(folder: Path, seed: int = 0) -> Path:
-    weights.save(model(seed), folder, eos_id=make_tokenizer().eos_ids[0], pad_id=0)
+def save_model(folder: Path, seed: int = 0, config: ModelConfig = CONFIG) -> Path:
+    weights.save(nnx.to_pure_dict(nnx.state(model(seed))), config, folder, eos_ids=make_tokenizer().eos_ids, pad_id=0)
     make_tokenizer().save(folder)
     return folder
-
-
-def stub(*answers: Response, path: str = "/generate") -> tuple[Starlette, list[dict]]:
-    """A server that gives `answers` in turn, the last one again and again, and the bodies it was sent."""
-    bodies: list[dict] = []
-
-    async def answer(request: Request) -> Response:
-        bodies.append(await request.json())
-        return answers[min(len(bodies), len(answers)) - 1]
-
-    return Starlette(routes=[Route(path, answer, methods=["POST"])]), bodies
-
-
-def sglang_answer(**meta) -> JSONResponse:
-    return JSONResponse({"text": "", "output_ids": [], "meta_info": {"id": "r", "prompt_tokens": 1} | meta})
 
 
 # --- the client and the server -----------------------------------------------------------------------
@@ -122,6 +107,33 @@ async def test_an_agent_rolls_out_over_http(engine, policy):
     assert trajectories[0].segments[-1] == trajectories[1].segments[-1]
 
 
+async def test_scores_over_http_are_the_engines(engine, policy):
+    for length in (1, 2, 30, CONTEXT):
+        assert await policy.score(prompt(length)) == await engine.score(prompt(length))
+    await engine.update_weights(5, nnx.state(model(1)))
+    assert (await policy.score(prompt(30))).weight_version == 5
+
+
+@pytest.mark.parametrize("new", [0, 4])
+async def test_input_logprobs_begin_where_asked_the_first_of_them_null(engine, url, new):
+    ids = prompt(30)
+    scores = [None, *(await engine.score(ids)).logprobs]
+    parameters = {"max_new_tokens": new, "temperature": 0}
+    asked = {"input_ids": ids, "return_logprob": True, "sampling_params": parameters}
+    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}) as client:
+        for start, first in ((0, 0), (1, 1), (12, 12), (29, 29), (30, 30), (-1, 30), (None, 30)):
+            answer = (await client.post(f"{url}/generate", json=asked | {"logprob_start_len": start})).json()
+            rows = answer["meta_info"]["input_token_logprobs"]
+            expected = zip([None, *scores[first + 1 :]], ids[first:], strict=first < 30)
+            assert rows == [[logprob, i, None] for logprob, i in expected]
+            assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": new}
+            assert answer["meta_info"]["completion_tokens"] == len(answer["output_ids"]) == new
+            assert answer["meta_info"]["weight_version"] == "0"
+            assert [row[1] for row in answer["meta_info"]["output_token_logprobs"]] == answer["output_ids"]
+        unasked = (await client.post(f"{url}/generate", json=asked | {"return_logprob": False})).json()
+        assert not {"input_token_logprobs", "output_token_logprobs"} & unasked["meta_info"].keys()
+
+
 async def test_weights_from_disk(tmp_path, engine, policy):
     await policy.update_weights(3, save_model(tmp_path / "new", seed=1))
     info = await policy.model_info()
@@ -131,6 +143,9 @@ async def test_weights_from_disk(tmp_path, engine, policy):
     assert completion.weight_versions == (3,) * 9
     with pytest.raises(SGLangError, match=r"HTTP 400: .*config\.json: not there"):
         await policy.update_weights(4, tmp_path / "nowhere")
+    other = save_model(tmp_path / "other", seed=1, config=dataclasses.replace(CONFIG, rope_theta=5.0))
+    with pytest.raises(SGLangError, match=r"HTTP 400: .*other: rope_theta is 5\.0, the served model's 1000000\.0"):
+        await policy.update_weights(4, other)
     assert (await policy.generate(prompt(20), Sampling(1.0, 9))) == completion
 
 
@@ -183,6 +198,9 @@ def sampling(**parameters) -> dict:
         ({"input_ids": [-1]}, "outside the vocabulary"),
         ({"input_ids": [10**30]}, "outside the vocabulary"),
         ({"input_ids": [1] * CONTEXT}, "an input has 1 to 159"),
+        (IDS | {"logprob_start_len": 4}, "logprob_start_len must be -1 (none) or 0 to 3 tokens, got 4"),
+        (IDS | {"logprob_start_len": -2}, "logprob_start_len must be"),
+        (IDS | {"logprob_start_len": True}, "logprob_start_len must be"),
         (IDS | {"strem": True}, "unknown field 'strem'"),
         (IDS | {"\ud800": True}, "unknown field"),
         (IDS | {"sampling_params": [1]}, "must be an object"),
@@ -194,11 +212,11 @@ def sampling(**parameters) -> dict:
         (sampling(temperature=10**400), "temperature is too large"),
         (sampling(top_p=0), "top_p must be in"),
         (sampling(top_k=20), "top_k must be -1"),
-        (sampling(max_new_tokens=0), "max_new_tokens must be at least 1"),
+        (sampling(max_new_tokens=-1), "max_new_tokens must be at least 1"),
         (sampling(max_new_tokens=True), "max_new_tokens must be of type int"),
         (sampling(stop=3), "stop must be a string"),
         (sampling(stop=["é"]), "must be ASCII"),
-        (sampling(stop=["a" * 2000]), "1024 characters in all"),
+        (sampling(stop=["a" * 2000]), "256 characters in all"),
     ],
 )
 async def test_malformed_requests_are_400_with_a_sentence(url, body, says):
@@ -242,106 +260,7 @@ async def test_text_is_for_people(engine, url):
             assert "output_token_logprobs" not in answer["meta_info"]
 
 
-# --- what the client makes of other servers ----------------------------------------------------------
-
-
-async def test_answers_are_read_as_sglang_means_them():
-    rows = [[-0.5, 7, None], [-1.0, 8, "x"], [-2.0, 9, None]]
-    usual = sglang_answer(
-        completion_tokens=2, output_token_logprobs=rows, weight_version="default", finish_reason={"type": "stop"}
-    )
-    spans = [{"version": "4", "start": 0, "end": 1}, {"version": "5", "start": 1, "end": 3}]
-    across = sglang_answer(
-        completion_tokens=3, output_token_logprobs=rows, weight_version="5", weight_versions=spans,
-        finish_reason={"type": "length", "length": 3},
-    )  # fmt: skip
-    aborted = sglang_answer(completion_tokens=0, output_token_logprobs=[], finish_reason={"type": "abort"})
-    app, bodies = stub(usual, across, aborted)
-    with running(app) as url:
-        async with SGLangPolicy(url) as policy:
-            got = [await policy.generate((1, 2), Sampling(0.7, 9, ("</a>",), 0.9, seed=5), "s") for _ in range(3)]
-    assert got == [
-        Completion((8, 9), (-1.0, -2.0), "stop", (0, 0)),  # the last two rows
-        Completion((7, 8, 9), (-0.5, -1.0, -2.0), "length", (4, 5, 5)),
-        Completion((), (), "abort", ()),
-    ]
-    expected = {
-        "temperature": 0.7, "top_p": 0.9, "top_k": -1, "max_new_tokens": 9, "stop": ["</a>"], "sampling_seed": 5,
-        "no_stop_trim": True, "skip_special_tokens": False, "spaces_between_special_tokens": False,
-    }  # fmt: skip
-    assert bodies[0] == {"input_ids": [1, 2], "return_logprob": True, "sampling_params": expected}
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        Response("busy"),
-        JSONResponse([1]),
-        JSONResponse({"text": "a"}),
-        sglang_answer(completion_tokens=2, output_token_logprobs=[[-1.0, 7, None]], finish_reason={"type": "stop"}),
-        sglang_answer(
-            completion_tokens=0, finish_reason={"type": "stop"}, output_token_logprobs=None, weight_versions=3
-        ),
-        sglang_answer(completion_tokens=1, output_token_logprobs=[[-1.0, 7, None]], finish_reason={"type": "odd"}),
-        sglang_answer(
-            completion_tokens=1,
-            output_token_logprobs=[[-1.0, 7, None]],
-            finish_reason={"type": "stop"},
-            weight_version="final",
-        ),
-    ],
-)
-async def test_answers_that_make_no_sense_name_the_server(answer):
-    app, _ = stub(answer)
-    with running(app) as url:
-        async with SGLangPolicy(url) as policy:
-            with pytest.raises(SGLangError, match=url):
-                await policy.generate((1,), Sampling(1.0, 4))
-
-
-async def test_5xx_is_tried_again_and_4xx_is_not(policy):
-    good = sglang_answer(completion_tokens=1, output_token_logprobs=[[-1.0, 7, None]], finish_reason={"type": "length"})
-    loading = JSONResponse({"error": {"message": "loading"}}, 503)
-    for answers, tries, says in (
-        ([loading, loading, good], 3, None),
-        ([loading], TRIES, f"HTTP 503 .{TRIES} tries.: loading"),
-        ([JSONResponse({"error": {"message": "too long"}}, 400)], 1, "HTTP 400: too long"),
-        ([JSONResponse(["odd"], 422)], 1, 'HTTP 422: ."odd"'),
-    ):
-        app, bodies = stub(*answers)
-        with running(app) as url:
-            async with SGLangPolicy(url, backoff=0.001) as policy:
-                if says is None:
-                    assert (await policy.generate((1,), Sampling(1.0, 4))).token_ids == (7,)
-                else:
-                    with pytest.raises(SGLangError, match=says):
-                        await policy.generate((1,), Sampling(1.0, 4))
-        assert len(bodies) == tries
-
-
-async def test_an_unknown_id_never_leaves_the_client():
-    app, bodies = stub(Response("{}"))
-    with running(app) as url:
-        async with SGLangPolicy(url, vocab_size=100) as policy:
-            for ids in ((1, 100), (-1,), ()):
-                with pytest.raises(ValueError, match=r"outside the vocabulary of 100|no tokens given"):
-                    await policy.generate(ids, Sampling(1.0, 4))
-    assert bodies == []
-
-
-async def test_an_unreachable_server_a_slow_one_and_a_wrong_key_are_named(url):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        async with SGLangPolicy(nowhere, backoff=0.001) as policy:
-            with pytest.raises(SGLangError, match=rf"{nowhere}/generate cannot be reached .*is the server up\?"):
-                await policy.generate((1,), Sampling(1.0, 4))
-        closed.listen()
-        async with SGLangPolicy(nowhere, timeout=0.05, backoff=0.001) as policy:
-            with pytest.raises(SGLangError, match=rf"{nowhere}/generate did not answer within 0\.05 s"):
-                await policy.generate((1,), Sampling(1.0, 4))
+async def test_a_wrong_key_is_named(url):
     async with SGLangPolicy(url, api_key="wrong") as policy:
         with pytest.raises(SGLangError, match="HTTP 401: wrong or missing API key"):
             await policy.generate((1,), Sampling(1.0, 4))
-    with pytest.raises(ValueError, match="must start with http"):
-        SGLangPolicy("localhost:30000")

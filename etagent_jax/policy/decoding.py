@@ -1,4 +1,4 @@
-"""The compiled parts of the embedded engine: the decode loop, prefill, and copying a cached prefix.
+"""The compiled parts of the embedded engine: the decode loop, prefill, copying a cached prefix, and scoring.
 
 Shapes: B slots, S positions of a slot, C tokens of a prefill chunk, V vocabulary.
 """
@@ -150,6 +150,32 @@ def prefill(model: Transformer, cache: Cache, slot: int, tokens: Array, start: i
     row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), cache)
     row, _ = jax.lax.while_loop(lambda carry: carry[1] < end, step, (row, jnp.int32(start)))
     return jax.tree.map(lambda x, r: jax.lax.dynamic_update_slice_in_dim(x, r, slot, 0), cache, row)
+
+
+SCORED_AT_ONCE = 128
+"""Tokens whose logits are held together: 78 MB at a vocabulary of 152,064."""
+
+
+@jax.jit
+def score(model: Transformer, tokens: Array, count: Array) -> jax.Array:
+    """float32 [S]: at t, the log-probability of tokens[t + 1] given those up to t, for t < count - 1.
+
+    tokens [S + 1], of which `count` are given; S is a multiple of SCORED_AT_ONCE.  The sequence has a
+    cache of its own, and runs alone, so that its numbers depend on nothing else.
+    """
+    size = tokens.shape[0] - 1
+
+    def step(carry: tuple[Cache, jax.Array, jax.Array]) -> tuple[Cache, jax.Array, jax.Array]:
+        cache, logprobs, at = carry
+        given, following = (jax.lax.dynamic_slice_in_dim(tokens, at + i, SCORED_AT_ONCE) for i in (0, 1))
+        hidden, cache = model.extend(given[None], (at + jnp.arange(SCORED_AT_ONCE))[None], cache)
+        logits = model.logits(hidden[0])
+        chosen = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
+        scores = chosen - jax.nn.logsumexp(logits, axis=-1)
+        return cache, jax.lax.dynamic_update_slice_in_dim(logprobs, scores, at, 0), at + SCORED_AT_ONCE
+
+    start = (model.empty_cache(1, size), jnp.zeros(size), jnp.int32(0))
+    return jax.lax.while_loop(lambda carry: carry[2] < count - 1, step, start)[1]
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,9 +1,9 @@
 """The embedded engine: continuous batching of one JAX model over fixed slots.
 
 One thread owns the device: it admits requests to slots, runs the compiled loop for a while, hands
-finished completions back, and takes new weights in between.  What a slot has cached stays after its
-request ends, so the next turn of the trajectory, or another rollout of the same prompt, begins
-where the whole chunks of the common prefix end.
+finished completions back, and in between scores given tokens and takes new weights.  What a slot
+has cached stays after its request ends, so the next turn of the trajectory, or another rollout of
+the same prompt, begins where the whole chunks of the common prefix end.
 """
 
 import asyncio
@@ -12,14 +12,16 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
 
-from etagent_jax.model.transformer import Transformer
+from etagent_jax.model.folder import check_vocabulary
+from etagent_jax.model.transformer import ModelConfig, Transformer
 from etagent_jax.policy import decoding
-from etagent_jax.policy.interface import Completion, Sampling
+from etagent_jax.policy.interface import Completion, Sampling, Scores
 from etagent_jax.policy.stops import StopTable, check_stops
 from etagent_jax.tokenizer import Tokenizer
 
@@ -42,26 +44,32 @@ class EngineStatistics:
     reused: int = 0
 
 
+def check_fit(config: ModelConfig, tokenizer: Tokenizer, context: int, where: str | Path) -> None:
+    """ValueError, naming `where`, if a model cannot be served with this tokenizer, or so long a context."""
+    check_vocabulary(config, tokenizer.vocab_size, where)
+    if context > config.max_position:
+        raise ValueError(f"{where}: context {context} exceeds the model's {config.max_position} positions")
+
+
 class Engine:
     """A Policy over a `Transformer` in this process.
 
     slots: sequences generated side by side.  context: most tokens of one sequence.
     chunk: given tokens are prefilled so many at a time; fewer than that go through the decode loop.
+    All lies on this process's first device.
     """
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 128, context: int = 256, chunk: int = 16
     ):
+        check_fit(model.config, tokenizer, context, "engine")
         vocab = model.config.vocab_size
-        if tokenizer.vocab_size > vocab:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only {vocab}")
-        if context > model.config.max_position:
-            raise ValueError(f"context {context} exceeds the model's {model.config.max_position} positions")
-        self.context = context
+        self.config, self.context = model.config, context
         self.statistics = EngineStatistics()
-        self._model, self._version = model, 0
+        self._device = jax.local_devices()[0]
+        self._model, self._version = jax.device_put(model, self._device), 0
         self._chunk = chunk
-        self._cache = model.empty_cache(slots, context)
+        self._cache = jax.device_put(model.empty_cache(slots, context), self._device)
         self._slots = decoding.Slots.empty(slots, context)
         texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)] + [""] * (vocab - tokenizer.vocab_size)
         self._stops = StopTable(texts)
@@ -74,6 +82,7 @@ class Engine:
         self._prefilled = np.zeros(slots, np.int32)
         self._clock = 0
         self._queue: collections.deque[_Request] = collections.deque()
+        self._scorings: collections.deque[tuple[np.ndarray, Future[Scores]]] = collections.deque()
         self._updates: collections.deque[tuple[int, nnx.State, Future[None]]] = collections.deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -94,21 +103,33 @@ class Engine:
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, session: str = "") -> Completion:
         """Continue `token_ids`; ValueError if they are empty, leave no room, or hold an unknown id, or if a
         stop string is not ASCII."""
-        if not 0 < len(token_ids) < self.context:
-            raise ValueError(f"{len(token_ids)} tokens given; an input has 1 to {self.context - 1}")
-        if min(token_ids) < 0 or max(token_ids) >= self._vocab:
-            raise ValueError(f"a token id is outside the vocabulary of {self._vocab}")
+        ids = self._checked(token_ids, self.context - 1)
         check_stops(sampling.stop)
-        ids = np.asarray(token_ids, np.int32)
         future: Future[Completion] = Future()
         self._post(lambda: self._queue.append(_Request(ids, sampling, session, future)))
         return await asyncio.wrap_future(future)
 
+    async def score(self, token_ids: Sequence[int]) -> Scores:
+        """The log-probability of each of `token_ids` but the first, given those before it, at temperature 1.
+
+        ValueError if they are empty, more than the context, or hold an unknown id.
+        """
+        ids = self._checked(token_ids, self.context)
+        future: Future[Scores] = Future()
+        self._post(lambda: self._scorings.append((ids, future)))
+        return await asyncio.wrap_future(future)
+
     async def update_weights(self, version: int, weights: nnx.State) -> None:
-        """Serve `weights` from now on.  Nothing cached under the old ones is used again: sequences in
-        progress go on, their prefix computed anew.  ValueError if they are not of this model's shape."""
+        """Serve `weights` from now on, cast to the dtype and brought to the device of those served.
+
+        Nothing cached under the old ones is used again: sequences in progress go on, their prefix
+        computed anew.  An array that needs no cast is kept, not copied: it must not be donated
+        afterwards.  ValueError if they are not of this model's names and shapes.
+        """
         if _shapes(weights) != _shapes(nnx.state(self._model)):
-            raise ValueError(f"weights of version {version} differ in names, shapes or dtypes from this model's")
+            raise ValueError(f"weights of version {version} differ in names or shapes from this model's")
+        dtype = self.config.param_dtype
+        weights = jax.tree.map(lambda x: jax.device_put(x.astype(dtype), self._device), weights)
         future: Future[None] = Future()
         self._post(lambda: self._updates.append((version, weights, future)))
         await asyncio.wrap_future(future)
@@ -119,6 +140,14 @@ class Engine:
             self._closed = True
             self._wake.notify()
         self._thread.join()
+
+    def _checked(self, token_ids: Sequence[int], most: int) -> np.ndarray:
+        """The ids [n] int32, if they are 1 to `most` of the vocabulary."""
+        if not 0 < len(token_ids) <= most:
+            raise ValueError(f"{len(token_ids)} tokens given; an input has 1 to {most}")
+        if min(token_ids) < 0 or max(token_ids) >= self._vocab:
+            raise ValueError(f"a token id is outside the vocabulary of {self._vocab}")
+        return np.asarray(token_ids, np.int32)
 
     def _post(self, enqueue: Callable[[], None]) -> None:
         with self._wake:
@@ -133,7 +162,7 @@ class Engine:
         try:
             while True:
                 with self._wake:
-                    while not (self._closed or self._queue or self._updates or self._slots.active.any()):
+                    while not (self._closed or self._updates or self._scorings or self._queue or self._busy()):
                         self._wake.wait()
                     if self._closed:
                         break
@@ -143,9 +172,11 @@ class Engine:
                     self._updates.popleft()
                     if future.set_running_or_notify_cancel():
                         future.set_result(None)
+                if self._scorings:
+                    self._score_next()
                 self._drop_cancelled()
                 self._admit()
-                if self._slots.active.any():
+                if self._busy():
                     self._advance()
         except BaseException as error:
             self._failure = error
@@ -158,7 +189,7 @@ class Engine:
         with self._wake:
             self._closed = True
             waiting: list[Future] = [r.future for r in (*self._queue, *self._requests.values())]
-            waiting += [future for _, _, future in self._updates]
+            waiting += [update[-1] for update in self._updates] + [scoring[-1] for scoring in self._scorings]
         for future in waiting:
             if self._failure is None:
                 future.cancel()
@@ -173,6 +204,21 @@ class Engine:
         self._prefilled[:] = 0
         for slot in map(int, np.flatnonzero(s.active)):
             self._requests[slot].versions.append((int(s.known[slot]), version))
+
+    def _score_next(self) -> None:
+        """Score the sequence that has waited longest, so that many of them do not hold up the others."""
+        ids, future = self._scorings[0]
+        if not future.cancelled():
+            at_once = decoding.SCORED_AT_ONCE
+            tokens = np.zeros(-(-self.context // at_once) * at_once + 1, np.int32)
+            tokens[: len(ids)] = ids
+            logprobs = np.asarray(decoding.score(self._model, tokens, np.int32(len(ids))))
+            if future.set_running_or_notify_cancel():
+                future.set_result(Scores(tuple(logprobs[: len(ids) - 1].tolist()), self._version))
+        self._scorings.popleft()
+
+    def _busy(self) -> bool:
+        return bool(self._slots.active.any())
 
     def _drop_cancelled(self) -> None:
         for slot in map(int, np.flatnonzero(self._slots.active)):
@@ -208,12 +254,22 @@ class Engine:
         self._requests[slot], self._sessions[slot] = request, request.session
 
     def _stop_state(self, stops: tuple[str, ...]) -> int:
-        """Where the automaton of `stops` starts; its table goes to the device when it is new."""
-        used = self._stops.used
+        """Where the automaton of `stops` starts; its table goes to the device when it is new.
+
+        A full table forgets what no slot is using before it grows: a larger one is compiled for anew.
+        """
+        if stops in self._stops:
+            return self._stops.start(stops)
+        if not self._stops.fits(stops):
+            states = self._slots.stop_state
+            running = {slot: request.sampling.stop for slot, request in self._requests.items()}
+            within = {slot: states[slot] - self._stops.start(own) for slot, own in running.items()}
+            self._stops.clear()
+            for slot, own in running.items():
+                states[slot] = self._stops.start(own) + within[slot]
         start = self._stops.start(stops)
-        if self._stops.used > used:
-            table, accepts = jax.device_put((self._stops.table, self._stops.accepts))
-            self._stop_arrays = decoding.StopArrays(table, accepts, self._is_eos)
+        table, accepts = jax.device_put((self._stops.table, self._stops.accepts))
+        self._stop_arrays = decoding.StopArrays(table, accepts, self._is_eos)
         return start
 
     def _best_slot(self, request: _Request) -> tuple[int, int]:
@@ -271,5 +327,5 @@ class Engine:
 
 
 def _shapes(weights: nnx.State) -> dict:
-    """Shape and dtype of each parameter by its path."""
-    return {path: (leaf.shape, leaf.dtype) for path, leaf in nnx.to_flat_state(weights)}
+    """Shape of each parameter by its path."""
+    return {path: leaf.shape for path, leaf in nnx.to_flat_state(weights)}

@@ -58,11 +58,24 @@ class Completion:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How probable a model finds n given tokens.
+
+    logprobs [n - 1]: natural log-probability of each token but the first, given those before it, at
+    temperature 1.  weight_version: of the weights that gave them.
+    """
+
+    logprobs: tuple[float, ...]
+    weight_version: int
+
+
 class Policy(Protocol):
     """A language model that can be sampled: all that rollouts ask of one.
 
-    Both policies also take new weights, `update_weights(version, weights)`, in the form that suits
-    them: the engine parameters on the device, a server a folder that it can read.
+    Both policies also score given tokens, `score(token_ids) -> Scores`, and take new weights,
+    `update_weights(version, weights)`, in the form that suits them: the engine parameters on the
+    device, a server a folder that it can read.
     """
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, session: str = "") -> Completion:

@@ -1,11 +1,13 @@
 """The embedded engine over HTTP, as SGLang serves a model: the app behind `etagent_jax.serve`."""
 
 import asyncio
+import dataclasses
 import hmac
 import json
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from flax import nnx
@@ -15,12 +17,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from etagent_jax.model import weights
+from etagent_jax.model.folder import read_config
+from etagent_jax.model.transformer import ModelConfig
 from etagent_jax.policy.engine import Engine
-from etagent_jax.policy.interface import Completion, Sampling
+from etagent_jax.policy.interface import Completion, Sampling, Scores
 from etagent_jax.policy.sglang import SESSION_HEADER
 from etagent_jax.tokenizer import Tokenizer
 
-FIELDS = ("input_ids", "text", "sampling_params", "return_logprob")
+FIELDS = ("input_ids", "text", "sampling_params", "return_logprob", "logprob_start_len")
 SAMPLING_DEFAULTS: dict[str, Any] = {
     "temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 128, "stop": None, "sampling_seed": 0,
     "no_stop_trim": False, "skip_special_tokens": True, "spaces_between_special_tokens": True,
@@ -28,9 +32,12 @@ SAMPLING_DEFAULTS: dict[str, Any] = {
 """The sampling parameters there are, with SGLang's defaults."""
 
 BODY_BYTES_PER_TOKEN, BODY_BYTES = 16, 1 << 20
-STOP_CHARACTERS = 1024
+STOP_CHARACTERS = 256  # each is a row of the stop table, 0.6 MB at a vocabulary of 152,064
 MAX_FLOAT = 1e6
 CLIENT_CLOSED_REQUEST = 499
+
+
+T = TypeVar("T")
 
 
 class BadRequest(Exception):
@@ -44,8 +51,10 @@ class BadRequest(Exception):
 def make_app(engine: Engine, tokenizer: Tokenizer, model_path: str, api_key: str | None = None) -> Starlette:
     """`POST /generate`, `POST /update_weights_from_disk`, `GET /get_model_info` and `GET /health`.
 
-    One prompt a request, not streamed; answers are shaped like SGLang's.  A request whose client goes
-    away frees its slot.  With an api_key, all but `/health` ask for `Authorization: Bearer <key>`.
+    One prompt a request, not streamed; answers are shaped like SGLang's.  With `return_logprob`,
+    `input_token_logprobs` are those from `logprob_start_len` on (default: none), the first of them
+    null; with `max_new_tokens` 0 nothing is sampled.  A request whose client goes away frees its
+    slot.  With an api_key, all but `/health` ask for `Authorization: Bearer <key>`.
     """
     served = {"model_path": model_path}
     body_limit = BODY_BYTES + BODY_BYTES_PER_TOKEN * engine.context
@@ -58,17 +67,24 @@ def make_app(engine: Engine, tokenizer: Tokenizer, model_path: str, api_key: str
 
     async def generate(request: Request) -> Response:
         body = await _json_object(request, body_limit)
-        _refuse_unknown("field", body, FIELDS)
-        parameters = _sampling_parameters(body)
+        asked = _asked(body, tokenizer)
+        session = unquote(request.headers.get(SESSION_HEADER, ""))
+
+        async def work() -> tuple[Scores, Completion]:
+            scores, completion = Scores((), engine.version), Completion((), (), "length", ())
+            if asked.sampling is None or asked.logprob_start < len(asked.ids):
+                scores = await engine.score(asked.ids)
+            if asked.sampling is not None:
+                completion = await engine.generate(asked.ids, asked.sampling, session)
+            return scores, completion
+
         try:
-            ids, sampling = _input_ids(body, tokenizer), _sampling(parameters)
-            completing = engine.generate(ids, sampling, unquote(request.headers.get(SESSION_HEADER, "")))
-            completion = await _unless_disconnected(request, completing)
+            done = await _unless_disconnected(request, work())
         except ValueError as error:
             raise BadRequest(str(error)) from error
-        if completion is None:
+        if done is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        return _json(_answer(ids, completion, parameters, tokenizer, bool(body.get("return_logprob"))))
+        return _json(_answer(asked, *done, tokenizer))
 
     async def update_weights(request: Request) -> Response:
         body = await _json_object(request, body_limit)
@@ -76,8 +92,8 @@ def make_app(engine: Engine, tokenizer: Tokenizer, model_path: str, api_key: str
         if not isinstance(folder, str) or not version.isdecimal():
             raise BadRequest("needs model_path, a folder, and weight_version, a number")
         try:
-            model = await asyncio.to_thread(weights.load, folder)
-            await engine.update_weights(int(version), nnx.state(model))
+            _check_same_model(read_config(folder), engine.config, folder)
+            await engine.update_weights(int(version), nnx.state(await asyncio.to_thread(weights.load, folder)))
         except (ValueError, OSError) as error:
             return _json({"success": False, "message": str(error)}, 400)
         served["model_path"] = folder
@@ -139,6 +155,42 @@ async def _json_object(request: Request, limit: int) -> dict[str, Any]:
     return body
 
 
+def _check_same_model(given: ModelConfig, served: ModelConfig, folder: str) -> None:
+    """ValueError if the folder holds another model than the one served; its dtypes may differ."""
+    expected = dataclasses.asdict(dataclasses.replace(served, dtype=given.dtype, param_dtype=given.param_dtype))
+    for name, value in dataclasses.asdict(given).items():
+        if value != expected[name]:
+            raise ValueError(f"{folder}: {name} is {value}, the served model's {expected[name]}; start a server for it")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A checked request.  sampling: None to score only.  logprob_start: the first input token with a
+    log-probability, the number of them for none."""
+
+    ids: tuple[int, ...]
+    parameters: dict[str, Any]
+    sampling: Sampling | None
+    with_logprobs: bool
+    logprob_start: int
+
+
+def _asked(body: dict[str, Any], tokenizer: Tokenizer) -> _Asked:
+    _refuse_unknown("field", body, FIELDS)
+    parameters = _sampling_parameters(body)
+    ids = _input_ids(body, tokenizer)
+    with_logprobs = bool(body.get("return_logprob"))
+    start = body.get("logprob_start_len")
+    start = -1 if start is None else start
+    if type(start) is not int or not -1 <= start <= len(ids):
+        raise BadRequest(f"logprob_start_len must be -1 (none) or 0 to {len(ids)} tokens, got {start!r:.50}")
+    try:
+        sampling = _sampling(parameters) if parameters["max_new_tokens"] else None
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+    return _Asked(ids, parameters, sampling, with_logprobs, start if with_logprobs and start >= 0 else len(ids))
+
+
 def _refuse_unknown(what: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     unknown = sorted(given.keys() - known)
     if unknown:
@@ -154,7 +206,7 @@ def _input_ids(body: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
             raise BadRequest("text must be one string")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise BadRequest("text holds half of a surrogate pair")
-        return tokenizer.encode(text)
+        return tokenizer.encode_start(text)
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise BadRequest("input_ids must be one list of integers")
     return tuple(ids)
@@ -193,14 +245,14 @@ def _sampling(parameters: dict[str, Any]) -> Sampling:
     )  # fmt: skip
 
 
-async def _unless_disconnected(request: Request, completing: Awaitable[Completion]) -> Completion | None:
-    """The completion; None, and its request cancelled, if the client goes away before."""
+async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T | None:
+    """The result; None, and the work cancelled, if the client goes away before."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = asyncio.ensure_future(completing), asyncio.ensure_future(gone())
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         return tasks[0].result() if tasks[0].done() else None
@@ -209,15 +261,9 @@ async def _unless_disconnected(request: Request, completing: Awaitable[Completio
             task.cancel()
 
 
-def _answer(
-    prompt: tuple[int, ...],
-    completion: Completion,
-    parameters: dict[str, Any],
-    tokenizer: Tokenizer,
-    with_logprobs: bool,
-) -> dict[str, Any]:
+def _answer(asked: _Asked, scores: Scores, completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
     """SGLang's answer to `/generate`."""
-    ids, versions = completion.token_ids, completion.weight_versions
+    ids, versions, parameters = completion.token_ids, completion.weight_versions, asked.parameters
     text = tokenizer.decode(ids)
     ends = {stop: text.find(stop) + len(stop) for stop in parameters["stop"] if stop in text}
     finish: dict[str, Any] = {"type": completion.finish}
@@ -231,13 +277,16 @@ def _answer(
         text = text[: text.index(finish["matched"])]
     changes = [i for i, version in enumerate(versions) if i == 0 or versions[i - 1] != version]
     meta = {
-        "id": uuid.uuid4().hex, "finish_reason": finish, "prompt_tokens": len(prompt), "completion_tokens": len(ids),
-        "weight_version": str(versions[-1]),
+        "id": uuid.uuid4().hex, "finish_reason": finish, "prompt_tokens": len(asked.ids),
+        "completion_tokens": len(ids), "weight_version": str((scores.weight_version, *versions)[-1]),
         "weight_versions": [
             {"version": str(versions[start]), "start": start, "end": end}
-            for start, end in zip(changes, [*changes[1:], len(ids)], strict=True)
+            for start, end in zip(changes, [*changes, len(ids)][1:], strict=True)
         ],
     }  # fmt: skip
-    if with_logprobs:
+    if asked.with_logprobs:
+        start = asked.logprob_start
+        rows = zip((None, *scores.logprobs[start:]), asked.ids[start:], strict=start < len(asked.ids))
+        meta["input_token_logprobs"] = [[x, i, None] for x, i in rows]
         meta["output_token_logprobs"] = [[x, i, None] for x, i in zip(completion.logprobs, ids, strict=True)]
     return {"text": text, "output_ids": list(ids), "meta_info": meta}

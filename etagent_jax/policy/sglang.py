@@ -1,21 +1,24 @@
 """A policy over SGLang's native HTTP API, token ids in and out; the embedded server speaks it too."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from etagent_jax.policy.interface import Completion, Finish, Sampling
+from etagent_jax.policy.interface import Completion, Finish, Sampling, Scores
 
 TRIES = 5
 SESSION_HEADER = "X-SMG-Routing-Key"
 """Names a trajectory; a router keeps it on the worker that holds its prefix."""
 
 FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+T = TypeVar("T")
 
 
 class SGLangError(RuntimeError):
@@ -64,12 +67,8 @@ class SGLangPolicy:
         Raises ValueError for ids outside the vocabulary and SGLangError for what the server says.
         No connection, a broken one and 5xx are tried again; 4xx and a time-out are final.
         """
-        if not token_ids:
-            raise ValueError("no tokens given; an input has at least 1")
-        if min(token_ids) < 0 or (self.vocab_size is not None and max(token_ids) >= self.vocab_size):
-            raise ValueError(f"a token id is outside the vocabulary of {self.vocab_size}")
         body = {
-            "input_ids": list(token_ids),
+            "input_ids": self._checked(token_ids),
             "sampling_params": {
                 "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": -1,
                 "max_new_tokens": sampling.max_new_tokens, "stop": list(sampling.stop),
@@ -79,7 +78,19 @@ class SGLangPolicy:
             "return_logprob": True,
         }  # fmt: skip
         headers = {SESSION_HEADER: quote(session)} if session else {}
-        return self._completion(await self._request("POST", "/generate", body, headers))
+        return self._read(await self._request("POST", "/generate", body, headers), _completion)
+
+    async def score(self, token_ids: Sequence[int]) -> Scores:
+        """The log-probability of each of `token_ids` but the first, given those before it, at temperature 1.
+
+        Errors as `generate`'s.
+        """
+        body = {
+            "input_ids": self._checked(token_ids), "sampling_params": {"max_new_tokens": 0},
+            "return_logprob": True, "logprob_start_len": 0,
+        }  # fmt: skip
+        answer = await self._request("POST", "/generate", body)
+        return self._read(answer, lambda meta: _scores(meta, len(token_ids)))
 
     async def model_info(self) -> dict[str, Any]:
         """What the server serves: `model_path`, `weight_version` and more; SGLangError if it cannot say."""
@@ -91,6 +102,13 @@ class SGLangPolicy:
         answer = await self._request("POST", "/update_weights_from_disk", body)
         if answer.get("success") is not True:
             raise SGLangError(f"{self.url} did not take the weights in {folder}: {answer.get('message', answer)}")
+
+    def _checked(self, token_ids: Sequence[int]) -> list[int]:
+        if not token_ids:
+            raise ValueError("no tokens given; an input has at least 1")
+        if min(token_ids) < 0 or (self.vocab_size is not None and max(token_ids) >= self.vocab_size):
+            raise ValueError(f"a token id is outside the vocabulary of {self.vocab_size}")
+        return list(token_ids)
 
     async def _request(
         self, method: str, path: str, body: dict[str, Any] | None = None, headers: dict[str, str] | None = None
@@ -128,23 +146,35 @@ class SGLangPolicy:
         response = await self._client.request(method, url, json=body, headers=headers)
         return response.raise_for_status()
 
-    def _completion(self, answer: dict[str, Any]) -> Completion:
+    def _read(self, answer: dict[str, Any], read: Callable[[dict[str, Any]], T]) -> T:
+        """What `read` makes of the answer's `meta_info`."""
         try:
-            meta = answer["meta_info"]
-            count = meta["completion_tokens"]
-            # Some servers repeat entries before the last `count`.
-            rows = meta["output_token_logprobs"][-count:] if count else []
-            finish = FINISHES[meta["finish_reason"]["type"]]
-            spans = meta.get("weight_versions") or [
-                {"version": meta.get("weight_version", "default"), "start": 0, "end": count}
-            ]
-            versions = [_version(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
-            return Completion(
-                tuple(int(row[1]) for row in rows), tuple(float(row[0]) for row in rows), finish, tuple(versions)
-            )
+            return read(answer["meta_info"])
         except (LookupError, TypeError, ValueError) as error:
             said = f"{type(error).__name__}: {error}"
             raise SGLangError(f"{self.url}/generate did not answer as SGLang does ({said}): {answer!r:.300}") from error
+
+
+def _completion(meta: dict[str, Any]) -> Completion:
+    count = meta["completion_tokens"]
+    # Some servers repeat entries before the last `count`.
+    rows = meta["output_token_logprobs"][-count:] if count else []
+    finish = FINISHES[meta["finish_reason"]["type"]]
+    spans = meta.get("weight_versions") or [{"version": _served(meta), "start": 0, "end": count}]
+    versions = [_version(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
+    ids, logprobs = tuple(int(row[1]) for row in rows), tuple(float(row[0]) for row in rows)
+    return Completion(ids, logprobs, finish, tuple(versions))
+
+
+def _scores(meta: dict[str, Any], count: int) -> Scores:
+    rows = meta["input_token_logprobs"]
+    if len(rows) != count:
+        raise ValueError(f"{len(rows)} input_token_logprobs for {count} tokens")
+    return Scores(tuple(float(row[0]) for row in rows[1:]), _version(_served(meta)))
+
+
+def _served(meta: dict[str, Any]) -> str:
+    return str(meta.get("weight_version", "default"))
 
 
 def _may_pass(error: BaseException) -> bool:

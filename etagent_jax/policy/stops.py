@@ -65,6 +65,19 @@ class StopTable:
         self.table = np.zeros((capacity, len(token_texts)), np.int32)
         self.accepts = np.zeros(capacity, bool)
 
+    def __contains__(self, stops: tuple[str, ...]) -> bool:
+        return stops in self._starts
+
+    def fits(self, stops: tuple[str, ...]) -> bool:
+        """Whether the table holds `stops` without growing."""
+        return stops in self or self.used + len(build_automaton(stops)[0]) <= len(self.accepts)
+
+    def clear(self) -> None:
+        """Forget all sets; the table keeps its size."""
+        self._starts.clear()
+        self.accepts[:] = False
+        self.used = 0
+
     def start(self, stops: tuple[str, ...]) -> int:
         """The state in which to begin a generation that must stop at one of `stops`."""
         if stops not in self._starts:
