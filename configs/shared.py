@@ -56,6 +56,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.preset = preset
     config.seed = 4  # on the worlds of seeds 0 to 3 the settings were chosen
     config.remat = "none" if preset == "tiny" else "full"
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.attention = "auto"
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1} if preset == "tiny" else {"data": 1, "fsdp": -1, "tensor": 1}
+    config.lora = {"rank": 0, "alpha": 16.0, "targets": ("query", "key", "value", "output", "gate", "up", "down")}
+    config.frozen = ()
     config.stages = ()
     return config

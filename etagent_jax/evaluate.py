@@ -11,14 +11,15 @@ from ml_collections import ConfigDict
 
 from etagent_jax import command
 
-flags.declare_key_flag("config")
+flags.adopt_module_key_flags(command)
 
 
 async def main(config: ConfigDict) -> None:
+    from etagent_jax import distributed
     from etagent_jax.stages import evaluate
 
     report = await evaluate.run(config)
-    print(f"report: {report / 'calibration.md'}")
+    distributed.say(f"report: {report / 'calibration.md'}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ Stages, each with its file in configs/: base → flywheel → sft → phase1 →
 ET-Agent's own three rounds.  Fields go by dots: --config.seed=5 --config.run=runs/mine
 --config.phase2.steps=20.  A finished stage is not run again; Ctrl-C or SIGTERM stops a run at a
 checkpoint, and the same command resumes it.
+
+On several hosts the same command is started on each; see --coordinator where they do not find one another, and
+docs/clusters.md.
 """
 
 from absl import flags
@@ -14,7 +17,7 @@ from ml_collections import ConfigDict
 
 from etagent_jax import command
 
-flags.declare_key_flag("config")
+flags.adopt_module_key_flags(command)
 
 
 async def main(config: ConfigDict) -> None:

@@ -1,11 +1,33 @@
-"""What the tests share: the tiny world's real tokenizer, and hypothesis without time limits."""
+"""What the tests share: the tiny world's real tokenizer, one finished run, and hypothesis without time limits."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import hypothesis
+import jax
 import pytest
 
 from etagent_jax.tokenizer import Tokenizer
 from etagent_jax.world import World
 from etagent_jax.world.vocabulary import make_tokenizer
+from tests import runs
+
+COMPILED = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs that several tests compile, here or in processes they start, are compiled once a session."""
+    folder = config.stash[COMPILED] = tempfile.mkdtemp(prefix="etagent-compiled-")
+    for name, value in (("compilation_cache_dir", folder), ("persistent_cache_min_compile_time_secs", 0.2)):
+        os.environ[f"JAX_{name.upper()}"] = str(value)
+        jax.config.update(f"jax_{name}", value)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[COMPILED], ignore_errors=True)
+
 
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -14,3 +36,11 @@ hypothesis.settings.load_profile("untimed")
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer(make_tokenizer(World.make(0)))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """A small run of all stages by one process, never interrupted.  Copy it; do not change it."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    runs.finish(runs.start(runs.command("train", "phase2", run)))
+    return run

@@ -1,8 +1,6 @@
 """Runs of the whole chain, killed and resumed, and what is refused before a run begins."""
 
-import importlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -12,52 +10,23 @@ import time
 from pathlib import Path
 
 import pytest
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
+from safetensors.numpy import load_file
 
 from configs import evaluate as evaluate_config
 from configs import paper, phase2
-from etagent_jax.stages import calibrate, chain
+from etagent_jax.learner.mesh import AXES, check_rows
+from etagent_jax.model.folder import hugging_face_config
+from etagent_jax.model.transformer import ModelConfig
+from etagent_jax.stages import calibrate, chain, setup
 from etagent_jax.stages.directory import StageDirectory
-
-ROOT = Path(__file__).parent.parent
-SMALL = [
-    "--config.base.optimizer.total_steps=300", "--config.base.demonstrations=3000",
-    "--config.base.checkpoint_every=100", "--config.questions.countries=60", "--config.flywheel.questions=24",
-    "--config.phase1.steps=1", "--config.phase1.selection.questions=48", "--config.phase1.questions_per_step=8",
-    "--config.phase1.samples=4", "--config.phase2.steps=3", "--config.phase2.selection.questions=48",
-    "--config.phase2.questions_per_step=8", "--config.phase2.samples=4",
-]  # fmt: skip
-
-
-def start(module: str, config: str, run: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", f"etagent_jax.{module}", f"--config=configs/{config}.py", f"--config.run={run}"]
-    known = importlib.import_module(f"configs.{config}").get_config()
-    small = [flag for flag in SMALL if flag.split(".")[1] in known]  # a parent's config lacks its children's sections
-    return subprocess.Popen(
-        [*command, *small, *flags], cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> str:
-    out, err = process.communicate()
-    assert process.returncode == 0, f"{out[-3000:]}\n{err[-3000:]}"
-    return out
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory) -> Path:
-    """A small run of all stages, never interrupted."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    finish(start("train", "phase2", run))
-    return run
+from tests.runs import ROOT, STAGES, command, copy_before, finish, start
 
 
 @pytest.fixture
 def run_before_phase2(finished_run, tmp_path) -> Path:
-    run = tmp_path / "resumed"
-    shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns("phase2"))
-    return run
+    return copy_before("phase2", finished_run, tmp_path / "resumed")
 
 
 def weights_of(run: Path) -> bytes:
@@ -84,7 +53,7 @@ def test_the_chain_leaves_what_is_promised(finished_run):
 @pytest.mark.slow
 def test_a_finished_run_is_not_run_again(finished_run):
     before = weights_of(finished_run)
-    out = finish(start("train", "phase2", finished_run))
+    out = finish(start(command("train", "phase2", finished_run)))
     assert out.count("done before") == 5
     assert weights_of(finished_run) == before
 
@@ -92,10 +61,11 @@ def test_a_finished_run_is_not_run_again(finished_run):
 @pytest.mark.slow
 def test_killed_at_random_moments_phase2_ends_with_the_same_bits(finished_run, run_before_phase2):
     chance = random.Random(0)
+    train = command("train", "phase2", run_before_phase2, "--config.phase2.checkpoint_every=2")
     trajectories = run_before_phase2 / "phase2" / "trajectories"
     kills = 0
     for _ in range(4):
-        process = start("train", "phase2", run_before_phase2)
+        process = start(train)
         seen = sum(p.stat().st_size for p in trajectories.glob("*")) if trajectories.exists() else 0
         while process.poll() is None:  # wait for it to get on with its work, then kill it at any moment
             size = sum(p.stat().st_size for p in trajectories.glob("*")) if trajectories.exists() else 0
@@ -107,7 +77,7 @@ def test_killed_at_random_moments_phase2_ends_with_the_same_bits(finished_run, r
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.communicate()
-    finish(start("train", "phase2", run_before_phase2))
+    finish(start(train))
     assert kills >= 2
     assert weights_of(run_before_phase2) == weights_of(finished_run)
     for name in ("selection-0.jsonl", "step-00000.jsonl", "step-00001.jsonl", "step-00002.jsonl"):
@@ -122,19 +92,18 @@ def test_killed_at_random_moments_phase2_ends_with_the_same_bits(finished_run, r
 @pytest.mark.parametrize("stage", ["base", "sft", "phase2"])
 def test_killed_between_its_last_checkpoint_and_the_end_a_stage_still_finishes(stage, finished_run, tmp_path):
     run = tmp_path / "resumed"
-    stages = ("base", "flywheel", "sft", "phase1", "phase2")
-    later = stages[stages.index(stage) + 1 :]
+    later = STAGES[STAGES.index(stage) + 1 :]
     shutil.copytree(finished_run, run, ignore=shutil.ignore_patterns(*later))
     (run / stage / "DONE").unlink()
     shutil.rmtree(run / stage / "model")
-    finish(start("train", stage, run))
+    finish(start(command("train", stage, run)))
     again, once = ((r / stage / "model" / "model.safetensors").read_bytes() for r in (run, finished_run))
     assert again == once
 
 
 @pytest.mark.slow
 def test_sigterm_stops_at_a_checkpoint_with_status_zero(finished_run, run_before_phase2):
-    process = start("train", "phase2", run_before_phase2)
+    process = start(command("train", "phase2", run_before_phase2))
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("phase2 1/3"):
@@ -142,14 +111,23 @@ def test_sigterm_stops_at_a_checkpoint_with_status_zero(finished_run, run_before
             break
     assert "the same command goes on from here" in finish(process)
     assert not (run_before_phase2 / "phase2" / "DONE").exists()
-    finish(start("train", "phase2", run_before_phase2))
+    finish(start(command("train", "phase2", run_before_phase2)))
     assert weights_of(run_before_phase2) == weights_of(finished_run)
+
+
+@pytest.mark.slow
+def test_with_lora_only_kernels_change_and_the_model_has_them_merged(finished_run, tmp_path):
+    run = copy_before("sft", finished_run, tmp_path / "adapted")
+    finish(start(command("train", "sft", run, "--config.lora.rank=4", "--config.lora.targets=('query','down')")))
+    before, after = (load_file(run / stage / "model" / "model.safetensors") for stage in ("base", "sft"))
+    changed = {name for name, weight in after.items() if (weight != before[name]).any()}
+    assert changed == {name for name in before if "q_proj.weight" in name or "down_proj.weight" in name}
 
 
 @pytest.mark.slow
 def test_evaluation_reports_every_stage_once(finished_run):
     flags = ("--config.evaluate.questions=26", "--config.evaluate.samples=2")
-    finish(start("evaluate", "evaluate", finished_run, *flags))
+    finish(start(command("evaluate", "evaluate", finished_run, *flags)))
     report = json.loads((finished_run / "report" / "calibration.json").read_text())
     assert list(report["stages"]) == ["base", "sft", "phase1", "phase2"]
     for stage in report["stages"].values():
@@ -159,7 +137,7 @@ def test_evaluation_reports_every_stage_once(finished_run):
         assert low <= stage["sampled"]["correctness"]["mean"] <= high
     assert (finished_run / "report" / "calibration.png").stat().st_size > 10_000
     sampled = (finished_run / "evaluate" / "trajectories" / "phase2-sampled.jsonl").read_bytes()
-    finish(start("evaluate", "evaluate", finished_run, *flags))
+    finish(start(command("evaluate", "evaluate", finished_run, *flags)))
     assert (finished_run / "evaluate" / "trajectories" / "phase2-sampled.jsonl").read_bytes() == sampled
 
 
@@ -200,9 +178,9 @@ def test_a_stage_made_from_another_parent_is_refused(tmp_path):
         chain.validate(config)
 
 
-def test_two_processes_do_not_work_on_one_stage(tmp_path):
+def test_two_runs_do_not_work_on_one_stage(tmp_path):
     first, second = (StageDirectory(config_in(tmp_path), "base").opened() for _ in range(2))
-    with first, pytest.raises(OSError, match="another process"), second:
+    with first, pytest.raises(OSError, match="another run"), second:
         pass
 
 
@@ -229,6 +207,45 @@ def test_settings_that_cannot_work_are_refused_before_any_work(tmp_path):
     refused(lambda c: c.policy.update(context=4096), r"policy\.context must be in")
     refused(lambda c: c.rollout.update(concurrency=0), r"rollout\.concurrency must be")
     refused(lambda c: c.mesh.update(data=3), "mesh")
+    refused(lambda c: c.sft.update(micro_batches=0), "sft: .*micro_batches must be at least 1")
+    refused(lambda c: c.phase1.update(checkpoint_every=0), r"phase1\.checkpoint_every must be at least 1")
+    refused(lambda c: c.update(attention="flash"), "base: .*flash")
+    refused(lambda c: c.update(frozen=("head/.*",)), "sft: frozen: 'head/.*' matches no parameter")
+    refused(lambda c: c.lora.update(rank=2, targets=("feet",)), "sft: lora: targets must be some of")
+
+
+@pytest.mark.slow
+def test_a_mesh_that_does_not_divide_the_model_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    process = start(command("train", "phase2", tmp_path, "--config.mesh.data=1", "--config.mesh.fsdp=3"))
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert "axis 'embed' of size 128 cannot be split over the mesh axis fsdp of size 3" in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("stage", ["sft", "phase1", "phase2"])
+def test_the_published_batches_divide_over_a_slice(stage, devices):
+    section = phase2.get_config("qwen2.5-7b")[stage]
+    mesh = AbstractMesh((1, devices, 1), AXES)
+    micro_batches = setup.micro_batches(section, mesh)
+    check_rows(setup.step_rows(section), micro_batches, mesh)
+    assert micro_batches == 64 // devices
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path, tokenizer):
+    config = phase2.get_config("qwen2.5-7b")
+    config.model.path = str(tmp_path / "model")
+    config.policy.update(backend="embedded", context=64, chunk=16)
+    (tmp_path / "corpus.txt").write_text("a fact\n")
+    config.tools.search.corpus = str(tmp_path / "corpus.txt")
+    tokenizer.save(config.model.path)
+    shape = ModelConfig(64, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
+    folder = Path(config.model.path)
+    (folder / "config.json").write_text(json.dumps(hugging_face_config(shape, eos_ids=(1,), pad_id=0)))
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens, the model's embedding only 64"):
+        chain.validate(config)
 
 
 def test_a_broken_question_file_is_named_with_its_line(tmp_path):

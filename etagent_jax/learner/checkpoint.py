@@ -1,4 +1,7 @@
-"""Checkpoints of a training state: atomic, bit-exact, and known to be whole before they are read."""
+"""Checkpoints of a training state: atomic, bit-exact, and known to be whole before they are read.
+
+With several processes all call the same functions: each writes and reads its own shards, and the first decides.
+"""
 
 import json
 import os
@@ -8,6 +11,8 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+
+from etagent_jax import distributed
 
 State = TypeVar("State")
 
@@ -37,20 +42,27 @@ class Checkpoints:
         An earlier, broken checkpoint of the same step is replaced; a whole one is a ValueError.
         """
         place = self.folder / str(step)
-        if is_whole(place):
+        steps = {s: is_whole(self.folder / str(s)) for s in self._manager.all_steps()}
+        steps = dict(distributed.from_first(list(steps.items())))
+        if steps.get(step):
             raise ValueError(f"{place}: a checkpoint of this step is there already")
-        for broken in [s for s in self._manager.all_steps() if not is_whole(self.folder / str(s))]:
+        for broken in [s for s, whole in steps.items() if not whole]:
             self._manager.delete(broken)  # or it would count among those kept
         args = ocp.args.Composite(state=ocp.args.StandardSave(_named(state)), extra=ocp.args.JsonSave(extra))
         self._manager.save(step, args=args, force=True)
         self._manager.wait_until_finished()
-        if jax.process_index() == 0:
+        distributed.barrier()
+        if distributed.is_first():
             unfinished = place / f"{MANIFEST}.unfinished"
             unfinished.write_text(json.dumps(_sizes(place)))
             os.replace(unfinished, place / MANIFEST)
+        distributed.barrier()
 
     def latest(self) -> int | None:
         """The newest step with a whole checkpoint; None if there is none.  Says which it passed over."""
+        return distributed.from_first(self._latest() if distributed.is_first() else None)
+
+    def _latest(self) -> int | None:
         for step in sorted((int(p.name) for p in self.folder.iterdir() if p.name.isdigit()), reverse=True):
             if is_whole(self.folder / str(step)):
                 return step
@@ -63,7 +75,7 @@ class Checkpoints:
         ValueError names a folder that is missing or cut short, or the first array that does not fit.
         """
         place = self.folder / str(step)
-        if not is_whole(place):
+        if not distributed.from_first(is_whole(place)):
             raise ValueError(f"{place}: not a whole checkpoint; use an earlier one or remove the folder")
         wanted = _named(abstract)
         stored = self._manager.item_metadata(step)["state"]

@@ -6,7 +6,6 @@ from ml_collections import ConfigDict
 
 from etagent_jax.data.packing import Batch, pack, sequence_from_trajectory
 from etagent_jax.learner.optimizer import OptimizerConfig
-from etagent_jax.learner.step import Learner
 from etagent_jax.model.transformer import ModelConfig
 from etagent_jax.stages import setup, supervised
 from etagent_jax.stages.directory import StageDirectory
@@ -43,10 +42,7 @@ def curriculum(config: ConfigDict, tokenizer: Tokenizer) -> Callable[[int], Batc
 async def run(config: ConfigDict, directory: StageDirectory) -> dict[str, float]:
     c = config.base
     tokenizer = Tokenizer(make_tokenizer(setup.world(config)))
-    learner = Learner(
-        model_config(config, tokenizer), OptimizerConfig(**c.optimizer), mesh=setup.make_mesh(config),
-        micro_batches=c.micro_batches, remat=config.remat,
-    )  # fmt: skip
+    learner = setup.make_learner(config, "base", model_config(config, tokenizer), OptimizerConfig(**c.optimizer))
     metrics = await supervised.train(
         directory, learner, lambda: learner.init_state(config.seed), curriculum(config, tokenizer),
         c.optimizer.total_steps, tokenizer, c.checkpoint_every, "base",

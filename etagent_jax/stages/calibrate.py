@@ -4,15 +4,20 @@ Each round: sample with the current policy, select questions by Pareto front, th
 {roll out groups → reward → policy gradient → new weights to the policy}.
 """
 
+import asyncio
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from etagent_jax import distributed
 from etagent_jax.data import pareto
 from etagent_jax.data.packing import Batch, pack, sequence_from_trajectory
 from etagent_jax.data.store import write_json_atomic
@@ -21,14 +26,16 @@ from etagent_jax.learner.losses import PolicyLossConfig
 from etagent_jax.learner.optimizer import OptimizerConfig
 from etagent_jax.learner.step import Learner, Params, TrainState, check_finite
 from etagent_jax.learner.sync import push_weights
-from etagent_jax.model import weights
+from etagent_jax.learner.throughput import throughput
+from etagent_jax.model.folder import read_config
+from etagent_jax.model.transformer import ModelConfig
 from etagent_jax.rollout.agent import Agent
 from etagent_jax.scoring.answers import correctness
 from etagent_jax.scoring.rewards import RewardConfig, ScoredGroup, decayed_sigma, score_group
 from etagent_jax.stages import setup
 from etagent_jax.stages.directory import StageDirectory
-from etagent_jax.stages.metrics import MetricsLog, Stopwatch
-from etagent_jax.stages.sampling import sample_groups
+from etagent_jax.stages.metrics import MetricsLog, Stopwatch, speed
+from etagent_jax.stages.sampling import sample_groups, sample_share
 from etagent_jax.trajectory import Group, Question
 
 
@@ -51,7 +58,7 @@ def check(section: ConfigDict, stage: str, context: int) -> None:
     """Raise one clear sentence for settings of the stage that cannot work."""
     policy_loss_config(section), optimizer_config(section), reward_config(section, 0)
     positive = {name: section[name] for name in ("rounds", "steps", "questions_per_step", "epochs", "minibatches",
-                                                 "micro_batches")}  # fmt: skip
+                                                 "checkpoint_every")}  # fmt: skip
     positive |= {f"selection.{name}": value for name, value in section.selection.items()}
     for name, value in positive.items():
         if value < 1:
@@ -62,52 +69,68 @@ def check(section: ConfigDict, stage: str, context: int) -> None:
         raise ValueError(f"config.{stage}.length {section.length} must hold a whole context of {context} tokens")
 
 
-async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict[str, float]:
+def make_learner(config: ConfigDict, stage: str, model: ModelConfig, mesh: Mesh | None = None) -> Learner:
+    """The stage's learner; see `setup.make_learner`."""
     c = config[stage]
+    return setup.make_learner(config, stage, model, optimizer_config(c), policy_loss_config(c), mesh)
+
+
+async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict[str, float]:
+    """Train from the parent's model for `rounds` × `steps` steps, with a checkpoint after each `checkpoint_every`.
+
+    A run that was stopped resumes at its newest checkpoint.  The steps since then are learned again and not sampled
+    again: a step's batch follows from its trajectories, which are on disk, and the seed, so the weights become what
+    they were, and what was missing of the last step is sampled with those.  (To the bit where the device computes the
+    same sums in the same order; else to rounding, as between any two runs there.)
+    """
+    c = config[stage]
+    steps = c.rounds * c.steps
     parent = setup.parent_model(config, stage)
-    model = weights.load(parent, config.remat)
-    learner = Learner(
-        model.config, optimizer_config(c), policy=policy_loss_config(c), mesh=setup.make_mesh(config),
-        micro_batches=c.micro_batches, remat=config.remat,
-    )  # fmt: skip
-    reference = learner.place(model) if c.loss.kl_coefficient else None
+    learner = make_learner(config, stage, read_config(parent))
+    reference = learner.load_params(parent) if c.loss.kl_coefficient else None
+    distributed.say(f"{stage}: {learner.summary}")
     checkpoints = Checkpoints(directory.checkpoints)
-    done = checkpoints.latest() or 0
-    summary: dict[str, float] = {}
-    if done:
-        state, summary = checkpoints.restore(done, learner.abstract_state)
-    else:
-        state = learner.load_state(model)
-    del model
+    done, state, summary = setup.resume(checkpoints, learner, lambda: learner.load_state(parent))
+    saved = learned = done
+
+    def save() -> None:
+        nonlocal saved
+        if learned > saved:
+            checkpoints.save(learned, learner.changing(state), summary)
+            saved = learned
 
     async with setup.rollout_parts(config, parent) as parts:
         agent = setup.make_agent(config, parts.policy, parts.tokenizer, parts.tools)
         trial = Trial(config, stage, directory, agent)
-        await push_weights(state.params, done, parts.policy)
-        with MetricsLog(directory.path, total_steps=c.rounds * c.steps, start_step=done, description=stage) as log:
+        with MetricsLog(directory.path, total_steps=steps, start_step=done, description=stage) as log:
             watch = Stopwatch()
-            for step in range(done, c.rounds * c.steps):
-                if step in (done, step // c.steps * c.steps):
-                    with watch("select"):
-                        selected = await trial.selected_questions(step // c.steps)
-                with watch("rollout"):
-                    groups = await trial.groups_of_step(step, selected)
-                with watch("reward"):
-                    scored = [score_group(group, reward_config(c, step % c.steps)) for group in groups]
-                with watch("learn"):
-                    order = setup.np_rng(config.seed, stage, "minibatches", step)
-                    state, metrics = learn(learner, state, reference, scored, c, order, step)
-                summary = {**rollout_metrics(scored), **metrics, **watch.pop()}
-                summary["rollout_tokens_per_second"] = summary.pop("rollout_tokens") / summary["seconds/rollout"]
-                log.log(step, summary, line(summary))
-                with watch("checkpoint"):
-                    checkpoints.save(step + 1, state, summary)
-                with watch("sync"):
-                    await push_weights(state.params, step + 1, parts.policy)
-        weights.save(learner.model(state.params), directory.model, parts.tokenizer.eos_ids[0], parts.tokenizer.pad_id)
-        parts.tokenizer.save(directory.model)
+            try:
+                for step in range(done, steps):
+                    with watch("sync"):
+                        await distributed.together(push_weights(learner, state.params, step, parts.policy))
+                    if step in (done, step // c.steps * c.steps):
+                        with watch("select"):
+                            selected = await trial.selected_questions(step // c.steps)
+                    with watch("rollout"):
+                        groups = await trial.groups_of_step(step, selected)
+                    with watch("reward"):
+                        scored = [score_group(group, reward_config(c, step % c.steps)) for group in groups]
+                    with watch("learn"):
+                        order = setup.np_rng(config.seed, stage, "minibatches", step)
+                        state, metrics = learn(learner, state, reference, scored, c, order, step)
+                    learned = step + 1
+                    summary = {**rollout_metrics(scored), **metrics, **watch.pop()}
+                    summary["rollout_tokens_per_second"] = summary.pop("rollout_tokens") / summary["seconds/rollout"]
+                    log.log(step, summary, line(summary))
+                    if learned % c.checkpoint_every == 0 or learned == steps:
+                        with watch("checkpoint"):
+                            save()
+            except asyncio.CancelledError:
+                save()
+                raise
+        setup.save_model(learner, state.params, parts.tokenizer, directory.model)
     checkpoints.close()
-    return {"steps": c.rounds * c.steps, **{k: summary[k] for k in ("reward", "correctness", "calls") if k in summary}}
+    return {"steps": steps, **{k: summary[k] for k in ("reward", "correctness", "calls") if k in summary}}
 
 
 @dataclass
@@ -119,36 +142,39 @@ class Trial:
     directory: StageDirectory
     agent: Agent
 
-    async def sample(self, questions: Sequence[Question], samples: int, name: str) -> list[Group]:
-        return await sample_groups(
-            self.config, self.agent, questions, samples, self.directory.trajectories / f"{name}.jsonl",
-            tag=f"{self.stage}/{name}", temperature=self.config[self.stage].temperature,
-        )  # fmt: skip
-
     async def selected_questions(self, round: int) -> list[Question]:
         """The questions of a round, chosen group-wise by Pareto front with the policy as it was at its start."""
         c = self.config[self.stage].selection
         questions = setup.questions(self.config, "train", c.questions, f"{self.stage}/{round}")
         by_id = {question.id: question for question in questions}
         path: Path = self.directory.path / f"selection-{round}.json"
-        if not path.is_file():
-            groups = await self.sample(questions, c.samples, f"selection-{round}")
-            scores = [np.array([correctness(t.question, t.answer) for t in g.trajectories]) for g in groups]
-            statistics = pareto.question_statistics(groups, scores)
-            indices = pareto.select(
-                statistics.tool_variance, statistics.correctness_variance, statistics.eligible, c.select
+        chosen = distributed.from_first(json.loads(path.read_text()) if path.is_file() else None)
+        if chosen is None:
+            chosen = await self._select(questions, round)
+            if distributed.is_first():
+                write_json_atomic(path, chosen)
+        return [by_id[id] for id in chosen["questions"]]
+
+    async def _select(self, questions: Sequence[Question], round: int) -> dict[str, Any]:
+        """Which of `questions`, by id, and what was seen of all.  The processes share the sampling, and tell one
+        another no more than each question's numbers."""
+        c = self.config[self.stage].selection
+        groups = await sample_share(questions=questions, samples=c.samples, **self._sampling(f"selection-{round}"))
+        scores = [np.array([correctness(t.question, t.answer) for t in g.trajectories]) for g in groups]
+        s = pareto.question_statistics(groups, scores)
+        mine = [s.tool_variance.tolist(), s.correctness_variance.tolist(), s.eligible.tolist(), map(list, scores)]
+        rows = distributed.gather_shares(list(zip(*mine, strict=True)))
+        tool_variance, correctness_variance, eligible, of_all = (list(column) for column in zip(*rows, strict=True))
+        indices = pareto.select(np.array(tool_variance), np.array(correctness_variance), np.array(eligible), c.select)
+        if not len(indices):
+            raise ValueError(
+                f"{self.stage}: of {len(questions)} questions none had both right and wrong rollouts among "
+                f"{c.samples}; raise selection.samples or selection.questions, or take other questions"
             )
-            if not len(indices):
-                raise ValueError(
-                    f"{self.stage}: of {len(questions)} questions none had both right and wrong rollouts among "
-                    f"{c.samples}; raise selection.samples or selection.questions, or take other questions"
-                )
-            write_json_atomic(path, {
-                "questions": [groups[i].question.id for i in indices],
-                "sampled": len(groups), "eligible": int(statistics.eligible.sum()),
-                "correctness": float(np.mean(np.concatenate(scores))),
-            })  # fmt: skip
-        return [by_id[id] for id in json.loads(path.read_text())["questions"]]
+        return {
+            "questions": [questions[i].id for i in indices], "sampled": len(questions), "eligible": sum(eligible),
+            "correctness": float(np.mean(np.concatenate(of_all))),
+        }  # fmt: skip
 
     async def groups_of_step(self, step: int, selected: Sequence[Question]) -> list[Group]:
         """The groups of a step: the next questions of a seeded order, starting over when all had their turn."""
@@ -162,7 +188,14 @@ class Trial:
             order = setup.np_rng(self.config.seed, self.stage, round, epoch).permutation(len(selected))
             picked.append(selected[order[at]])
         unique = list({question.id: question for question in picked}.values())
-        return await self.sample(unique, c.samples, f"step-{step:05d}")
+        return await sample_groups(questions=unique, samples=c.samples, **self._sampling(f"step-{step:05d}"))
+
+    def _sampling(self, name: str) -> dict[str, Any]:
+        """What all samplings of the stage have in common, and where those of this name go."""
+        return {
+            "config": self.config, "agent": self.agent, "file": self.directory.trajectories / f"{name}.jsonl",
+            "tag": f"{self.stage}/{name}", "temperature": self.config[self.stage].temperature,
+        }  # fmt: skip
 
 
 def learn(
@@ -176,21 +209,33 @@ def learn(
         return state, metrics
     order = rng.permutation(len(kept))
     parts = [part for part in np.array_split(order, c.minibatches) if len(part)]
-    rows = learner.whole_rows(-(-c.questions_per_step // c.minibatches) * c.samples)  # a row each, at worst
+    rows = learner.whole_rows(setup.step_rows(c))
     batches = [pack_groups([kept[i] for i in part], c.length, rows) for part in parts]
     old = [learner.score(state.params, batch)[0] for batch in batches]
     ref = [learner.score(reference, batch)[0] if reference is not None else None for batch in batches]
+    jax.block_until_ready((old, ref))
     history: list[dict[str, jax.Array]] = []
+    began = time.perf_counter()
     for _ in range(c.epochs):
         for batch, old_logprobs, ref_logprobs in zip(batches, old, ref, strict=True):
             state, device_metrics = learner.policy_step(state, batch, old_logprobs, ref_logprobs)
             history.append(device_metrics)
-    for update in jax.device_get(history):
+    updates = jax.device_get(history)
+    seconds = time.perf_counter() - began
+    for update in updates:
         check_finite(update, step)
         for name, value in update.items():
             metrics[name] = metrics.get(name, 0.0) + float(value) / len(history)
-    before, largest_gap = jax.device_get(history[0]), max(float(update["sampler_gap_max"]) for update in history)
-    return state, {**metrics, "entropy": float(before["entropy"]), "sampler_gap_max": largest_gap}
+    largest_gap = max(float(update["sampler_gap_max"]) for update in updates)
+    metrics |= {"entropy": float(updates[0]["entropy"]), "sampler_gap_max": largest_gap}
+    return state, {**metrics, **throughput_of_all(learner, batches, c.epochs, seconds)}
+
+
+def throughput_of_all(learner: Learner, batches: Sequence[Batch], epochs: int, seconds: float) -> dict[str, float]:
+    """As `throughput`, of updates on all `batches`, each `epochs` times, in `seconds` together."""
+    each = [throughput(learner, batch, seconds) for batch in batches]
+    rates = {name: epochs * sum(one[name] for one in each) for name in each[0] if name != "memory_gib"}
+    return {**rates, "memory_gib": max(one["memory_gib"] for one in each)}
 
 
 def pack_groups(groups: Sequence[ScoredGroup], length: int, rows: int) -> Batch:
@@ -228,10 +273,11 @@ def line(m: dict[str, float]) -> str:
     seconds = "  ".join(f"{k.removeprefix('seconds/')} {v:.1f}s" for k, v in m.items() if k.startswith("seconds/"))
     learned = (
         f"entropy {m['entropy']:.2f}  clipped {m['clip_fraction']:.1%}  gap {m['sampler_gap_mean']:.1e}  "
+        f"learned {speed(m)}  "
         if "entropy" in m
         else "no group with spread, no update  "
     )
     return (
         f"reward {m['reward']:+.3f}  correct {m['correctness']:.3f}  calls {m['calls']:.2f}  "
-        f"length {m['model_tokens']:.0f}  {learned}{m['rollout_tokens_per_second']:,.0f} tokens/s  {seconds}"
+        f"length {m['model_tokens']:.0f}  {learned}sampled {m['rollout_tokens_per_second']:,.0f} tokens/s  {seconds}"
     )

@@ -7,10 +7,14 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from etagent_jax.learner.mesh import check_rows
+from etagent_jax import distributed
 from etagent_jax.learner.optimizer import OptimizerConfig
+from etagent_jax.model.folder import check_vocabulary, read_config
+from etagent_jax.model.transformer import ModelConfig
 from etagent_jax.stages import base, calibrate, flywheel, setup, sft
 from etagent_jax.stages.directory import StageDirectory
+from etagent_jax.tokenizer import Tokenizer
+from etagent_jax.world.vocabulary import make_tokenizer
 
 
 def validate(config: ConfigDict) -> None:
@@ -20,38 +24,59 @@ def validate(config: ConfigDict) -> None:
     for stage in config.stages:
         StageDirectory(config, stage).check()
     setup.check_shared(config)
-    mesh = setup.make_mesh(config)
+    model = first_model(config)
     for stage in config.stages:
+        if StageDirectory(config, stage).done:
+            continue
         section = config[stage]
         if stage == "flywheel":
             flywheel.check(section)
         elif "reward" in section:
             calibrate.check(section, stage, config.policy.context)
+            calibrate.make_learner(config, stage, model)
         else:
             optimizer = section.optimizer.to_dict()
             optimizer.pop("warmup_ratio", None)
-            OptimizerConfig(**{"total_steps": 1, **optimizer})
-            check_rows(section.rows, section.micro_batches, mesh)
+            setup.make_learner(config, stage, model, OptimizerConfig(**{"total_steps": 1, **optimizer}))
         for count in (section.get("questions", 0), section.get("selection", {}).get("questions", 0)):
             if count:
                 setup.questions(config, "train", count, stage)
 
 
+def first_model(config: ConfigDict) -> ModelConfig:
+    """The shape of the model that the chain starts from; all its stages share it.
+
+    ValueError if the folder of that model does not fit its tokenizer or the config.
+    """
+    if "base" in config.stages:
+        return base.model_config(config, Tokenizer(make_tokenizer(setup.world(config))))
+    folder = config.model.path
+    model = read_config(folder)
+    check_vocabulary(model, Tokenizer.load(folder).vocab_size, folder)
+    if config.policy.context > model.max_position:
+        raise ValueError(
+            f"config.policy.context is {config.policy.context}, but {folder} has {model.max_position} positions"
+        )
+    return model
+
+
 async def run_chain(config: ConfigDict) -> None:
     """Run every stage of the config that is not finished yet."""
+    setup.check_processes(config)
     validate(config)
     for stage in config.stages:
         directory = StageDirectory(config, stage)
-        if directory.done:
-            print(f"{stage}: done before, in {directory.path}", flush=True)
+        if distributed.from_first(directory.done):
+            distributed.say(f"{stage}: done before, in {directory.path}")
             continue
-        print(f"{stage}: starts, in {directory.path}", flush=True)
+        distributed.say(f"{stage}: starts, in {directory.path}")
         with directory.opened():
             began, cpu_began = time.perf_counter(), time.process_time()
             summary = await run_stage(config, stage, directory)
             seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
             directory.finish({**summary, "seconds": seconds, "cpu_seconds": cpu_seconds})
-    print_stages(config)
+    if distributed.is_first():
+        print_stages(config)
 
 
 async def run_stage(config: ConfigDict, stage: str, directory: StageDirectory) -> dict[str, float]:

@@ -1,20 +1,25 @@
 """A stage's directory: whose config it is, what it was made from, whether it is finished."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from etagent_jax import distributed
 from etagent_jax.data.store import write_json_atomic
+from etagent_jax.model import shards
+from etagent_jax.stages.setup import flatten
 
 RUNTIME = (
-    "run", "stages", "mesh", "remat", "policy.backend", "policy.url", "reviser.concurrency", "rollout.concurrency",
-    "tools.python.workers",
+    "run", "stages", "mesh", "remat", "attention", "policy.backend", "policy.url", "reviser.concurrency",
+    "rollout.concurrency", "tools.python.workers", "*.micro_batches", "*.checkpoint_every",
 )  # fmt: skip
 """Settings that say where and how a stage runs and not what it computes; they may differ when it is resumed."""
 
@@ -34,6 +39,8 @@ class StageDirectory:
         self._done = self.path / "DONE"
         self._config = self.path / "config.json"
         others = {*config.stages, "evaluate"} - {stage}
+        if stage in ("base", "flywheel", "evaluate"):
+            others |= {"lora", "frozen"}  # what they do not read
         self._settings = {key: value for key, value in config.to_dict().items() if key not in others}
         before = config.stages[: config.stages.index(stage)] if stage in config.stages else config.evaluate.stages
         self._parents = {parent: Path(config.run) / parent / "DONE" for parent in before}
@@ -46,12 +53,13 @@ class StageDirectory:
         """ValueError if the directory holds a run of another config or of other parents, naming what differs."""
         if not self._config.is_file():
             return
-        before = _flatten(json.loads(self._config.read_text()))
-        now = _flatten(json.loads(json.dumps(self._recorded())))
+        before = flatten(json.loads(self._config.read_text()))
+        now = flatten(json.loads(json.dumps(self._recorded())))
         differing = [
             f"{key} was {before.get(key, 'not set')}, now {now.get(key, 'not set')}"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not any(key == r or key.startswith(f"{r}.") for r in RUNTIME)
+            if before.get(key) != now.get(key)
+            and not any(fnmatch(key, pattern) or fnmatch(key, f"{pattern}.*") for pattern in RUNTIME)
         ]
         if differing:
             raise ValueError(
@@ -61,23 +69,34 @@ class StageDirectory:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """The directory, made if need be, with the config in it, for this process alone."""
-        self.trajectories.mkdir(parents=True, exist_ok=True)
+        """The directory, made if need be, with the config in it, for the processes of this run alone."""
+        with contextlib.ExitStack() as held:
+            if distributed.is_first():
+                self.trajectories.mkdir(parents=True, exist_ok=True)
+                held.enter_context(self._locked())
+                self.check()
+                if not self._config.is_file():
+                    write_json_atomic(self._config, self._recorded())
+            distributed.barrier()
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         with (self.path / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise BlockingIOError(f"{self.path}: another process is at work on this stage") from error
-            self.check()
-            if not self._config.is_file():
-                write_json_atomic(self._config, self._recorded())
+                raise BlockingIOError(f"{self.path}: another run is at work on this stage") from error
             yield
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Mark the stage as done; `summary` is what its row in the final table shows."""
-        outputs = (self.model / "model.safetensors", self.selected)
-        digests = [hashlib.sha256(output.read_bytes()).hexdigest()[:16] for output in outputs if output.is_file()]
-        write_json_atomic(self._done, {"summary": summary, "output": " ".join(digests)})
+        """Mark the stage as done; `summary` is what its row in the final table shows.  All processes call it."""
+        if distributed.is_first():
+            outputs = [shards.digest(self.model)] if self.model.is_dir() else []
+            if self.selected.is_file():
+                outputs.append(hashlib.sha256(self.selected.read_bytes()).hexdigest()[:16])
+            write_json_atomic(self._done, {"summary": summary, "output": " ".join(outputs)})
+        distributed.barrier()
 
     def summary(self) -> dict[str, Any]:
         return json.loads(self._done.read_text())["summary"]
@@ -89,11 +108,3 @@ class StageDirectory:
             for parent, done in self._parents.items()
         }
         return {**self._settings, "made from": outputs}
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        k: v for key, value in tree.items() for k, v in _flatten(value, f"{prefix}.{key}" if prefix else key).items()
-    }

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from etagent_jax import distributed
 from etagent_jax.report import calibration, plots
 from etagent_jax.scoring.answers import correctness
 from etagent_jax.stages import setup
@@ -31,18 +32,21 @@ def check(config: ConfigDict) -> None:
 
 async def run(config: ConfigDict) -> Path:
     """Evaluate, write the report and print its table; returns its folder.  What is done is not done again."""
+    setup.check_processes(config)
     check(config)
     directory = StageDirectory(config, "evaluate")
     directory.check()
     folder = Path(config.run) / "report"
-    if not directory.done:
+    if not distributed.from_first(directory.done):
         with directory.opened():
             began, cpu_began = time.perf_counter(), time.process_time()
             report = await evaluate(config, directory)
-            write_report(config, report, folder)
+            if distributed.is_first():
+                write_report(config, report, folder)
             seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
             directory.finish({"seconds": seconds, "cpu_seconds": cpu_seconds})
-    calibration.console_table(json.loads((folder / "calibration.json").read_text()))
+    if distributed.is_first():
+        calibration.console_table(json.loads((folder / "calibration.json").read_text()))
     return folder
 
 

@@ -14,6 +14,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from etagent_jax import distributed
+
 FILE = "metrics.jsonl"
 
 
@@ -22,6 +24,7 @@ class MetricsLog:
 
     In `folder`, made if need be: metrics.jsonl, a line for each logged step, and TensorBoard events.  On the
     screen: the lines on stdout, and on stderr, if that is a terminal, a bar with the rate and the time left.
+    Of several processes only the first leaves and shows anything.
 
     start_step: the first step to be done now.  Lines of that and later steps, left by a run that was
     killed after its last checkpoint, are dropped, so that no step is there twice.
@@ -32,6 +35,10 @@ class MetricsLog:
 
         if not 0 <= start_step <= total_steps:
             raise ValueError(f"{description}: start_step must be in 0..{total_steps}, got {start_step}")
+        self._description, self._total_steps, self._next_step = description, total_steps, start_step
+        self._writes = distributed.is_first()
+        if not self._writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
         if path.exists():
@@ -41,7 +48,6 @@ class MetricsLog:
         self._bar = tqdm(
             total=total_steps, initial=start_step, desc=description, unit="step", dynamic_ncols=True, disable=None
         )
-        self._description, self._total_steps, self._next_step = description, total_steps, start_step
 
     def log(self, step: int, metrics: Mapping[str, float], line: str | None) -> None:
         """Record `step`: on disk before this returns, `line` printed behind the step's number, the bar moved on.
@@ -58,6 +64,9 @@ class MetricsLog:
             raise ValueError(
                 f"{self._description}: a metric may not be named step or time; those two are recorded anyway"
             )
+        before, self._next_step = self._next_step, step + 1
+        if not self._writes:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n")
@@ -69,8 +78,7 @@ class MetricsLog:
             width = len(str(self._total_steps))
             self._bar.write(f"{self._description} {step + 1:>{width}}/{self._total_steps}  {line}", file=sys.stdout)
             sys.stdout.flush()
-        self._bar.update(step + 1 - self._next_step)
-        self._next_step = step + 1
+        self._bar.update(step + 1 - before)
 
     def __enter__(self) -> Self:
         return self
@@ -78,9 +86,10 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.close()
-        self._events.close()
-        self._file.close()
+        if self._writes:
+            self._bar.close()
+            self._events.close()
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -112,6 +121,12 @@ def _drop_steps_from(path: Path, start_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def speed(metrics: Mapping[str, float]) -> str:
+    """Tokens per second of the updates, and the model FLOPs utilisation where the device's peak is known."""
+    utilisation = f", MFU {metrics['mfu']:.1%}" if "mfu" in metrics else ""
+    return f"{metrics['tokens_per_second']:,.0f} tokens/s{utilisation}"
 
 
 class Stopwatch:

@@ -2,18 +2,29 @@
 
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Mapping
+import hashlib
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from etagent_jax import protocol
+import etagent_jax
+from etagent_jax import distributed, protocol
 from etagent_jax.data.questions import load_questions
-from etagent_jax.learner import mesh
+from etagent_jax.learner import mesh as meshes
+from etagent_jax.learner import trainable
+from etagent_jax.learner.checkpoint import Checkpoints
+from etagent_jax.learner.losses import PolicyLossConfig
+from etagent_jax.learner.optimizer import OptimizerConfig
+from etagent_jax.learner.step import Learner, Params, TrainState
 from etagent_jax.model import weights
+from etagent_jax.model.lora import Lora
+from etagent_jax.model.transformer import ModelConfig
 from etagent_jax.policy.engine import Engine
 from etagent_jax.policy.interface import Policy
 from etagent_jax.rollout.agent import Agent, Budget
@@ -157,4 +168,91 @@ async def rollout_parts(config: ConfigDict, model: Path | str) -> AsyncIterator[
 
 
 def make_mesh(config: ConfigDict) -> Mesh:
-    return mesh.make_mesh(**config.mesh)
+    return meshes.make_mesh(**config.mesh)
+
+
+def make_learner(
+    config: ConfigDict, stage: str, model: ModelConfig, optimizer: OptimizerConfig,
+    policy: PolicyLossConfig | None = None, mesh: Mesh | None = None,
+) -> Learner:  # fmt: skip
+    """The learner of a stage, on the config's mesh unless another is given.
+
+    ValueError for what cannot work, from shapes alone: nothing is allocated yet.  LoRA and frozen parameters are for
+    a model that is there already, so `base` has neither.
+    """
+    section, adapts = config[stage], stage != "base"
+    mesh = make_mesh(config) if mesh is None else mesh
+    try:
+        learner = Learner(
+            model, optimizer, policy=policy, mesh=mesh, micro_batches=micro_batches(section, mesh),
+            remat=config.remat, attention=config.attention,
+            lora=Lora(**config.lora) if adapts and config.lora.rank else None, frozen=config.frozen if adapts else (),
+        )  # fmt: skip
+        if "rows" in section:
+            meshes.check_rows(section.rows, learner.micro_batches, mesh)
+    except ValueError as error:
+        raise ValueError(f"{stage}: {error}") from error
+    return learner
+
+
+def resume(
+    checkpoints: Checkpoints, learner: Learner, initial: Callable[[], TrainState]
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """Steps done, the state to go on from, and what was saved with it: of the newest checkpoint, else the initial one.
+
+    Checkpoints hold `learner.changing`; what does not learn comes from `initial` again.
+    """
+    latest = checkpoints.latest()
+    if latest is None:
+        return 0, initial(), {}
+    abstract = learner.changing(learner.abstract_state)
+    began = _still(learner, learner.abstract_state)
+    if began.params:
+        began = _still(learner, initial())
+    changing, extra = checkpoints.restore(latest, abstract)
+    return latest, learner.resumed(changing, began), extra
+
+
+def _still(learner: Learner, state: TrainState) -> TrainState:
+    """Of a state only the parameters that do not learn, so that the memory of the others is free."""
+    return TrainState(state.step, trainable.split(state.params, learner.learns)[1], None)
+
+
+def save_model(learner: Learner, params: Params, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the Hugging Face folder of a trained model.  All processes call it, the first one writes."""
+    weights.save(learner.serving_params(params), learner.config, folder, tokenizer.eos_ids, tokenizer.pad_id)
+    if distributed.is_first():
+        tokenizer.save(folder)
+
+
+def step_rows(section: ConfigDict) -> int:
+    """Rows that an update of a stage needs: its own `rows`, or one for each trajectory of a minibatch, at worst."""
+    if "rows" in section:
+        return section.rows
+    return -(-section.questions_per_step // section.minibatches) * section.samples
+
+
+def micro_batches(section: ConfigDict, mesh: Mesh) -> int:
+    """The micro-batches of a stage's update; for -1 as many as leave a device one row at a time."""
+    if section.micro_batches != -1:
+        return section.micro_batches
+    return -(-step_rows(section) // (mesh.shape["data"] * mesh.shape["fsdp"]))
+
+
+def check_processes(config: ConfigDict) -> None:
+    """ValueError, on every process, unless all have the same config, code and run directory."""
+    settings = {f"config.{name}": value for name, value in flatten(config.to_dict()).items() if name != "run"}
+    code = hashlib.sha256()
+    for file in sorted(Path(etagent_jax.__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    distributed.check_same({**settings, "the code": code.hexdigest()[:12], "jax": jax.__version__})
+    distributed.check_shared(Path(config.run))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by their names joined with dots."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v for key, value in tree.items() for k, v in flatten(value, f"{prefix}.{key}" if prefix else key).items()
+    }

@@ -7,8 +7,7 @@ from ml_collections import ConfigDict
 from etagent_jax.data.packing import pack, sequence_from_trajectory
 from etagent_jax.data.store import TrajectoryLog
 from etagent_jax.learner.optimizer import OptimizerConfig
-from etagent_jax.learner.step import Learner
-from etagent_jax.model import weights
+from etagent_jax.model.folder import read_config
 from etagent_jax.stages import setup, supervised
 from etagent_jax.stages.directory import StageDirectory
 from etagent_jax.tokenizer import Tokenizer
@@ -25,12 +24,9 @@ async def run(config: ConfigDict, directory: StageDirectory) -> dict[str, float]
     settings = c.optimizer.to_dict()
     warmup_ratio = settings.pop("warmup_ratio")
     optimizer = OptimizerConfig(**settings, total_steps=steps, warmup_steps=math.ceil(warmup_ratio * (steps - 1)))
-    model = weights.load(parent, config.remat)
-    learner = Learner(
-        model.config, optimizer, mesh=setup.make_mesh(config), micro_batches=c.micro_batches, remat=config.remat
-    )
+    learner = setup.make_learner(config, "sft", read_config(parent), optimizer)
     metrics = await supervised.train(
-        directory, learner, lambda: learner.load_state(model), supervised.epochs_of_rows(batch, c.rows, config.seed),
+        directory, learner, lambda: learner.load_state(parent), supervised.epochs_of_rows(batch, c.rows, config.seed),
         steps, tokenizer, c.checkpoint_every, "sft",
     )  # fmt: skip
     return {"trajectories": len(chosen), "steps": steps, "loss": metrics["loss"], "accuracy": metrics["accuracy"]}

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 
+from etagent_jax import distributed
 from etagent_jax.data.packing import Batch
 from etagent_jax.learner.checkpoint import Checkpoints
 from etagent_jax.learner.step import Learner, TrainState, check_finite
-from etagent_jax.model import weights
+from etagent_jax.learner.throughput import throughput
+from etagent_jax.stages import setup
 from etagent_jax.stages.directory import StageDirectory
-from etagent_jax.stages.metrics import MetricsLog
+from etagent_jax.stages.metrics import MetricsLog, speed
 from etagent_jax.tokenizer import Tokenizer
 
 
@@ -30,33 +32,28 @@ async def train(
     batch_of_step depends on the step alone, so a resumed run sees what an uninterrupted one would.
     Cancelling saves a checkpoint first.
     """
+    distributed.say(f"{description}: {learner.summary}")
     checkpoints = Checkpoints(directory.checkpoints)
-    latest = checkpoints.latest()
-    metrics: dict[str, float] = {}
-    if latest is None:
-        state = initial()
-    else:
-        state, metrics = checkpoints.restore(latest, learner.abstract_state)
-    start = int(state.step)
+    start, state, metrics = setup.resume(checkpoints, learner, initial)
     with MetricsLog(directory.path, total_steps=steps, start_step=start, description=description) as log:
         for step in range(start, steps):
             began = time.perf_counter()
-            state, device_metrics = learner.sft_step(state, batch_of_step(step))
+            batch = batch_of_step(step)
+            state, device_metrics = learner.sft_step(state, batch)
             metrics = {name: float(value) for name, value in device_metrics.items()}
             check_finite(metrics, step)
-            metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
+            metrics |= throughput(learner, batch, time.perf_counter() - began)
             log.log(step, metrics, line(metrics) if step % 50 == 0 or step + 1 == steps else None)
             due = (step + 1) % checkpoint_every == 0 or step + 1 == steps
             if due:
-                checkpoints.save(step + 1, state, metrics)
+                checkpoints.save(step + 1, learner.changing(state), metrics)
             try:
-                await asyncio.sleep(0)
+                await distributed.together(asyncio.sleep(0))
             except asyncio.CancelledError:
                 if not due:
-                    checkpoints.save(step + 1, state, metrics)
+                    checkpoints.save(step + 1, learner.changing(state), metrics)
                 raise
-    weights.save(learner.model(state.params), directory.model, tokenizer.eos_ids[0], tokenizer.pad_id)
-    tokenizer.save(directory.model)
+    setup.save_model(learner, state.params, tokenizer, directory.model)
     checkpoints.close()
     return metrics
 
@@ -64,7 +61,7 @@ async def train(
 def line(metrics: dict[str, float]) -> str:
     return (
         f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.3f}  "
-        f"gradient norm {metrics['grad_norm']:.2f}  {metrics['tokens_per_second']:,.0f} loss tokens/s"
+        f"gradient norm {metrics['grad_norm']:.2f}  {speed(metrics)}"
     )
 
 
