@@ -96,7 +96,9 @@ def _run_to_completion(main: Callable[[ConfigDict], Awaitable[None]]) -> None:
         except Stopped:
             distributed.say(f"stopped; the same command goes on from here ({config.run})")
         except (ValueError, FloatingPointError, OSError) as error:
-            _leave(str(error))
+            from etagent_jax.stages.setup import WrongSettings
+
+            _leave(str(error), WRONG_ARGUMENTS if isinstance(error, WrongSettings) else 1)
 
 
 def _run_alone(main: Callable[[ConfigDict], None]) -> None:

@@ -31,6 +31,11 @@ def stop_strings(tools: Iterable[str]) -> tuple[str, ...]:
     return (*(closing(tool) for tool in tools), closing(ANSWER))
 
 
+def tags(tools: Iterable[str]) -> tuple[str, ...]:
+    """Every tag of the language with these tools."""
+    return tuple(tag for name in (*RESERVED, *tools) for tag in (opening(name), closing(name)))
+
+
 def render_result(text: str) -> str:
     """The block appended after a call; `text` must have been through `neutralise`."""
     return f"{opening(RESULT)}{text}{closing(RESULT)}"

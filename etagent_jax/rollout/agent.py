@@ -47,8 +47,7 @@ class Agent:
         for name, tool in tools.items():
             if name != tool.name or name in protocol.RESERVED:
                 raise ValueError(f"agent: tool {tool.name!r} cannot be called {name!r}")
-        names = (*protocol.RESERVED, *tools)
-        tokenizer.check_writes(tag for name in names for tag in (protocol.opening(name), protocol.closing(name)))
+        tokenizer.check_writes(protocol.tags(tools))
         self.policy, self.tokenizer, self.tools, self.budget = policy, tokenizer, dict(tools), budget
         self.system_prompt = system_prompt
         self._stops = protocol.stop_strings(tools)

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from etagent_jax import distributed
+from etagent_jax import distributed, protocol
 from etagent_jax.learner.optimizer import OptimizerConfig
 from etagent_jax.model.folder import check_vocabulary, read_config
 from etagent_jax.model.transformer import ModelConfig
@@ -46,13 +46,15 @@ def validate(config: ConfigDict) -> None:
 def first_model(config: ConfigDict) -> ModelConfig:
     """The shape of the model that the chain starts from; all its stages share it.
 
-    ValueError if the folder of that model does not fit its tokenizer or the config.
+    ValueError if the folder of that model does not fit its tokenizer or the config, or the tokenizer not our tags.
     """
     if "base" in config.stages:
         return base.model_config(config, Tokenizer(make_tokenizer(setup.world(config))))
     folder = config.model.path
     model = read_config(folder)
-    check_vocabulary(model, Tokenizer.load(folder).vocab_size, folder)
+    tokenizer = Tokenizer.load(folder)
+    check_vocabulary(model, tokenizer.vocab_size, folder)
+    tokenizer.check_writes(protocol.tags(config.tools))
     if config.policy.context > model.max_position:
         raise ValueError(
             f"config.policy.context is {config.policy.context}, but {folder} has {model.max_position} positions"
@@ -63,7 +65,10 @@ def first_model(config: ConfigDict) -> ModelConfig:
 async def run_chain(config: ConfigDict) -> None:
     """Run every stage of the config that is not finished yet."""
     setup.check_processes(config)
-    validate(config)
+    try:
+        validate(config)
+    except ValueError as error:
+        raise setup.WrongSettings(str(error)) from error
     for stage in config.stages:
         directory = StageDirectory(config, stage)
         if distributed.from_first(directory.done):

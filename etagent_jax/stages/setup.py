@@ -35,6 +35,11 @@ from etagent_jax.tools.search import LocalSearch
 from etagent_jax.trajectory import Question
 from etagent_jax.world import World
 
+
+class WrongSettings(ValueError):
+    """Settings that will be as wrong at the next start: a supervisor need not try them again."""
+
+
 HINTS = (
     "Wait, let me reconsider the question.",
     "Wait, let me check this with python.",
