@@ -206,7 +206,7 @@ def check_same(settings: Mapping[str, Any]) -> None:
                          "Start all with the same command and the same code")  # fmt: skip
 
 
-def check_shared(folder: Path) -> None:
+def check_same_directory(folder: Path) -> None:
     """ValueError, on every process, unless `folder` is the same directory for all of them."""
     if not several():
         return

@@ -73,8 +73,8 @@ out = {
     "shares": distributed.gather_shares([[i, process] for i in distributed.my_share(items)]),
     "different": refused(distributed.check_same, {"a": 1, "phase2.steps": 3 + (process == 1)}),
     "same": refused(distributed.check_same, {"a": 1}),
-    "shared": refused(distributed.check_shared, folder),
-    "not shared": refused(distributed.check_shared, folder / str(process)),
+    "shared": refused(distributed.check_same_directory, folder),
+    "not shared": refused(distributed.check_same_directory, folder / str(process)),
     "cancelled": [asyncio.run(cancelled(process == 2)), asyncio.run(cancelled(False))],
 }
 distributed.PIECE = 64

@@ -44,26 +44,29 @@ PROGRAM = """
 import json, sys
 from etagent_jax.learner import mesh
 from etagent_jax.learner.checkpoint import Checkpoints
-from etagent_jax.learner.step import Learner
+from etagent_jax.learner.step import Learner, used_micro_batches
 from tests.learning import *
 
 def learner(*axes, devices=8, micro_batches=1):
     there = mesh.make_mesh(*axes, devices=jax.devices()[:devices])
     return Learner(CONFIG, ADAMW, policy=POLICY, mesh=there, micro_batches=micro_batches)
 
-out = {}
+out = {"by mesh": {}}
 for axes in ((1, 2, 1), (2, 1, 2), (2, 2, 2), (1, 4, 2), (8, 1, 1)):
     made = learner(*axes, devices=int(np.prod(axes)), micro_batches=1 if axes[0] == 8 else 2)
     state, sft = fine_tune(made, STEPS)
     up = state.params["layers"]["feed_forward"]["up"]["kernel"].addressable_shards[0].data.shape
     policy = calibrate(made, STEPS // 2)[1]
-    out["%d %d %d" % axes] = {"sft": sft, "policy": policy, "compilations": made.compilations, "up": up}
+    out["by mesh"]["%d %d %d" % axes] = {"sft": sft, "policy": policy, "compilations": made.compilations, "up": up}
 
 state, first = fine_tune(learner(1, 4, 2), 5)
 checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(5, state, {})
 other = learner(2, 1, 1, devices=2, micro_batches=4)
 state, _ = checkpoints.restore(5, other.abstract_state)
+padded = learner(1, 8, 1, micro_batches=8)
+used = jax.jit(lambda batch: used_micro_batches(padded._split(batch)))
+out["used of 8"] = int(used(padded.rows(pack(sequences(60), LENGTH, rows=64))))  # 23 rows hold tokens
 out["resumed"] = first + fine_tune(other, 5, state)[1]
 print(json.dumps(out))
 """.replace("STEPS", str(STEPS))
@@ -84,20 +87,22 @@ def on_meshes(tmp_path_factory) -> dict:
 def test_every_mesh_gives_the_losses_of_one_device(on_meshes):
     learner = Learner(CONFIG, ADAMW, policy=POLICY)
     sft, policy = fine_tune(learner, STEPS)[1], calibrate(learner, STEPS // 2)[1]
-    assert len(on_meshes) == 6
-    for axes, result in on_meshes.items():
-        if axes != "resumed":
-            np.testing.assert_allclose(result["sft"], sft, rtol=1e-5, err_msg=axes)
-            np.testing.assert_allclose(result["policy"], policy, atol=1e-5, err_msg=axes)
+    for axes, result in on_meshes["by mesh"].items():
+        np.testing.assert_allclose(result["sft"], sft, rtol=1e-5, err_msg=axes)
+        np.testing.assert_allclose(result["policy"], policy, atol=1e-5, err_msg=axes)
 
 
 @pytest.mark.slow
 def test_no_step_is_compiled_twice_and_parameters_are_split(on_meshes):
-    for axes, result in on_meshes.items():
-        if axes != "resumed":
-            _, fsdp, tensor = map(int, axes.split())
-            assert result["compilations"] == 3, axes  # sft_step, policy_step, score
-            assert result["up"] == [2, 32 // fsdp, 48 // tensor]
+    for axes, result in on_meshes["by mesh"].items():
+        _, fsdp, tensor = map(int, axes.split())
+        assert result["compilations"] == 3, axes  # sft_step, policy_step, score
+        assert result["up"] == [2, 32 // fsdp, 48 // tensor]
+
+
+@pytest.mark.slow
+def test_micro_batches_of_padding_are_skipped_on_several_devices_too(on_meshes):
+    assert on_meshes["used of 8"] == 3
 
 
 @pytest.mark.slow

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from etagent_jax.learner.mesh import ROWS
-
-TABLE = P("tensor", "fsdp")
+from etagent_jax.learner.mesh import ROWS, TABLE
 
 
 @dataclass(frozen=True)

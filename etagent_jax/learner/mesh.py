@@ -14,6 +14,8 @@ from etagent_jax.model.transformer import ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
+TABLE = P("tensor", "fsdp")
+"""Of a table [V, D]: the embedding, or the head transposed."""
 MESH_AXIS_OF = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
 """Logical axes of parameters that are split; the others are whole on every device."""
 

@@ -17,13 +17,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from etagent_jax.data.packing import Batch
-from etagent_jax.learner.mesh import ROWS, make_mesh
+from etagent_jax.learner.mesh import ROWS, TABLE, make_mesh
 from etagent_jax.model.transformer import Transformer
 
 CHUNK_BYTES = 64 * 2**20
 """Of the float32 logits [N, C] that one device makes at a time."""
-
-TABLE = P("tensor", "fsdp")
 
 
 class TokenScores(NamedTuple):

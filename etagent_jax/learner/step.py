@@ -32,6 +32,7 @@ from etagent_jax.learner.mesh import (
     state_shardings,
 )
 from etagent_jax.learner.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from etagent_jax.learner.scores import token_scores
 from etagent_jax.model import weights
 from etagent_jax.model.attention import AttentionKind, kind_of
 from etagent_jax.model.attention import make as make_attention
@@ -256,7 +257,7 @@ class Learner:
 
         def loss(params: Params, inputs: tuple) -> tuple[jax.Array, Metrics]:
             batch, old, ref = inputs
-            scores = losses.token_scores(self.model(params), batch, self.policy.temperature, self.mesh)
+            scores = token_scores(self.model(params), batch, self.policy.temperature, self.mesh)
             return losses.policy_loss(scores, batch, old, ref, tokens, self.policy)
 
         more = {"tokens": tokens, **losses.sampler_gap(batch, old_logprobs, tokens)}
@@ -267,7 +268,7 @@ class Learner:
 
         def one(i: jax.Array, out: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             inputs = jax.tree.map(lambda x: x[i], micro_batches)
-            scores = losses.token_scores(self.model(params), inputs, self.policy.temperature, self.mesh)
+            scores = token_scores(self.model(params), inputs, self.policy.temperature, self.mesh)
             return out[0].at[i].set(scores.logprobs), out[1].at[i].set(scores.entropy)
 
         zeros = jnp.zeros(micro_batches.tokens.shape, jnp.float32)
@@ -275,21 +276,14 @@ class Learner:
         return jax.tree.map(self._join, scores)
 
     def _split(self, rows: Any) -> Any:
-        """Arrays [R, T] as micro-batches [M, R / M, T], no row leaving its device."""
+        """Arrays [R, T] as micro-batches [M, R / M, T], the first rows first, so that padding comes last."""
         sharding = NamedSharding(self.mesh, P(None, *ROWS))
-        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-
-        def split(x: jax.Array) -> jax.Array:
-            by_device = x.reshape(devices, self.micro_batches, -1, x.shape[1])
-            micro_batches = by_device.swapaxes(0, 1).reshape(self.micro_batches, -1, x.shape[1])
-            return jax.lax.with_sharding_constraint(micro_batches, sharding)
-
+        split = lambda x: jax.lax.with_sharding_constraint(x.reshape(self.micro_batches, -1, x.shape[1]), sharding)
         return jax.tree.map(split, rows)
 
     def _join(self, x: jax.Array) -> jax.Array:
         """Micro-batches [M, R / M, T] as [R, T] again."""
-        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return x.reshape(self.micro_batches, devices, -1, x.shape[-1]).swapaxes(0, 1).reshape(-1, x.shape[-1])
+        return x.reshape(-1, x.shape[-1])
 
     def _update(
         self,

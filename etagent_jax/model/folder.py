@@ -144,7 +144,7 @@ def _refuse_what_we_do_not_have(raw: dict[str, Any], layers: int, path: Path) ->
 def _rope(raw: dict[str, Any], path: Path) -> tuple[float, Llama3Scaling | None]:
     """rope_theta and scaling, in the new spelling (rope_parameters) or the old (rope_theta, rope_scaling)."""
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", ROPE_THETA)))
+    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or ROPE_THETA)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"{path}: partial_rotary_factor is not supported")

@@ -114,7 +114,7 @@ async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict
                     with watch("rollout"):
                         groups = await trial.groups_of_step(step, selected)
                     with watch("reward"):
-                        scored = [score_group(group, reward_config(c, step % c.steps)) for group in groups]
+                        scored = score_groups(groups, reward_config(c, step % c.steps))
                     with watch("learn"):
                         order = setup.np_rng(config.seed, stage, "minibatches", step)
                         state, metrics = learn(learner, state, reference, scored, c, order, step)
@@ -196,6 +196,14 @@ class Trial:
             "config": self.config, "agent": self.agent, "file": self.directory.trajectories / f"{name}.jsonl",
             "tag": f"{self.stage}/{name}", "temperature": self.config[self.stage].temperature,
         }  # fmt: skip
+
+
+def score_groups(groups: Sequence[Group], config: RewardConfig) -> list[ScoredGroup]:
+    """Scored by the first process for all: an answer that takes math-verify too long is wrong, and hosts differ in
+    speed, but must train on the same rewards."""
+    scored = [score_group(group, config) for group in groups] if distributed.is_first() else []
+    rows = distributed.from_first([[x.tolist() for x in (s.correctness, s.rewards, s.advantages)] for s in scored])
+    return [ScoredGroup(group, *map(np.array, row)) for group, row in zip(groups, rows, strict=True)]
 
 
 def learn(

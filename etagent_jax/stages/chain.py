@@ -67,7 +67,7 @@ async def run_chain(config: ConfigDict) -> None:
     setup.check_processes(config)
     try:
         validate(config)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise setup.WrongSettings(str(error)) from error
     for stage in config.stages:
         directory = StageDirectory(config, stage)

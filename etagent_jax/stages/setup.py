@@ -251,7 +251,7 @@ def check_processes(config: ConfigDict) -> None:
     for file in sorted(Path(etagent_jax.__file__).parent.rglob("*.py")):
         code.update(file.read_bytes())
     distributed.check_same({**settings, "the code": code.hexdigest()[:12], "jax": jax.__version__})
-    distributed.check_shared(Path(config.run))
+    distributed.check_same_directory(Path(config.run))
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
