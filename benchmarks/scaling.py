@@ -34,7 +34,7 @@ def step(model: str, topology: str, tensor: int, kind: Kind) -> Step:
         SHAPES[model], OptimizerConfig(1e-5, 1000), mesh=make_mesh(1, shards, tensor, found),
         micro_batches=-(-ROWS // shards), remat="full",
     )  # fmt: skip
-    return Step(kind, kind, learner, learner.whole_rows(ROWS), LENGTH, "full")
+    return Step(kind, kind, learner, learner.whole_rows(ROWS), LENGTH)
 
 
 def places(model: str, generation: str) -> Iterator[tuple[str, int]]:

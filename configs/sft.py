@@ -21,7 +21,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
             "optimizer": {"name": "adamw", "learning_rate": 1e-4, "schedule": "cosine", "warmup_ratio": 0.1},
         },
         qwen={
-            "epochs": 3, "rows": 64, "length": 10_000, "micro_batches": -1, "checkpoint_every": 50,
+            "epochs": 3, "rows": 32, "length": 10_000, "micro_batches": -1, "checkpoint_every": 50,
             "optimizer": {"name": "adamw", "learning_rate": 5e-6, "schedule": "cosine", "warmup_ratio": 0.1,
                           "weight_decay": 0.0},
         },

@@ -193,7 +193,7 @@ def test_collectives_of_a_program_that_xla_compiled_are_those_that_were_written(
 def make_step(kind: Any = "sft", **options: Any) -> Step:
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     learner = Learner(MODEL, OptimizerConfig(1e-3, 10), mesh=mesh, micro_batches=2, **options)
-    return Step(kind, kind, learner, 4, 16, options.get("remat", "none"))
+    return Step(kind, kind, learner, 4, 16)
 
 
 def test_memory_by_kind_is_that_of_the_shapes_and_sums_to_what_xla_allocates() -> None:

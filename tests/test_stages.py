@@ -226,12 +226,17 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_before_anything_is_mad
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32, 64])
 @pytest.mark.parametrize("stage", ["sft", "phase1", "phase2"])
-def test_the_published_batches_divide_over_a_slice(stage, devices):
+def test_the_published_batches_divide_over_a_slice_that_has_a_row_for_each_device(stage, devices):
     section = phase2.get_config("qwen2.5-7b")[stage]
     mesh = AbstractMesh((1, devices, 1), AXES)
-    micro_batches = setup.micro_batches(section, mesh)
-    check_rows(setup.step_rows(section), micro_batches, mesh)
-    assert micro_batches == 64 // devices
+    rows, micro_batches = setup.step_rows(section), setup.micro_batches(section, mesh)
+    assert rows == (32 if stage == "sft" else 64)  # as published
+    if rows < devices:
+        with pytest.raises(ValueError, match="32 rows cannot be split into 1 micro-batches over 64 devices"):
+            check_rows(rows, micro_batches, mesh)
+    else:
+        check_rows(rows, micro_batches, mesh)
+        assert micro_batches == rows // devices
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path, tokenizer):

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from etagent_jax.learner.mesh import ROWS, TABLE
+from etagent_jax.model.transformer import look_up
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ShardedLookup:
             return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=1, tiled=True)
 
         if self.mesh.size == 1:
-            return table[tokens.reshape(-1)].astype(dtype)
+            return look_up(table, tokens, dtype)
         return jax.shard_map(
             of_a_device, mesh=self.mesh, in_specs=(TABLE, ROWS), out_specs=P(*ROWS, None), check_vma=False
         )(table, tokens)

@@ -4,6 +4,7 @@ Shapes: R rows, T tokens of a row.  Entry [r, t] of any array speaks of token t 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from etagent_jax.learner.scores import token_scores
 from etagent_jax.model import weights
 from etagent_jax.model.attention import AttentionKind, kind_of
 from etagent_jax.model.attention import make as make_attention
+from etagent_jax.model.folder import read_config
 from etagent_jax.model.lora import Lora, merge
 from etagent_jax.model.transformer import Execution, ModelConfig, Remat, Transformer
 
@@ -97,7 +99,8 @@ class Learner:
         attend = make_attention(
             attention, self.mesh, dtype=model.dtype, head_dim=model.head_dim, num_kv_heads=model.num_kv_heads
         )
-        self._execution = execution = Execution(remat, attend, ShardedLookup(self.mesh), HiddenSharding(self.mesh))
+        self.remat, self._attend = remat, attend
+        execution = Execution(remat, attend, ShardedLookup(self.mesh), HiddenSharding(self.mesh))
         create = lambda key: Transformer(self.config, nnx.Rngs(key), execution, lora)
         self.graph, abstract = nnx.split(nnx.eval_shape(create, jax.random.key(0)))
         params, axes = nnx.to_pure_dict(abstract), logical_axes(abstract)
@@ -174,7 +177,7 @@ class Learner:
 
     def load_params(self, folder: str | Path) -> Params:
         """The parameters of a Hugging Face model folder, read into their shards; adapters as they begin, at zero."""
-        found = weights.read_config(folder)
+        found = read_config(folder)
         if dataclasses.replace(found, param_dtype=self.config.param_dtype) != self.config:
             raise ValueError(f"{folder}: the learner is made for {self.config}, but the folder holds {found}")
         if self.lora is None:
@@ -211,16 +214,18 @@ class Learner:
     @property
     def summary(self) -> str:
         """What is trained and how, in a line."""
-        sizes = [
-            sum(leaf.size for leaf in jax.tree.leaves(state.params))
-            for state in (self.abstract_state, self.changing(self.abstract_state))
-        ]
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         return (
-            f"{sizes[0]:,} parameters, of which {sizes[1]:,} learn; computed in {self.config.dtype}, "
-            f"attention {kind_of(self._execution.attend)}, remat {self._execution.remat}; "
+            f"{size:,} parameters, of which {self.learning_size:,} learn; computed in {self.config.dtype}, "
+            f"attention {kind_of(self._attend)}, remat {self.remat}; "
             f"mesh {mesh}; {self.micro_batches} micro-batches"
         )
+
+    @functools.cached_property
+    def learning_size(self) -> int:
+        """How many numbers learn."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.changing(self.abstract_state).params))
 
     @property
     def compilations(self) -> int:

@@ -25,9 +25,8 @@ def throughput(learner: Learner, batch: Batch, seconds: float) -> dict[str, floa
     """
     used = np.asarray(batch.segment_ids) > 0
     tokens, pairs = int(used.sum()), int((np.asarray(batch.positions)[used].astype(np.int64) + 1).sum())
-    learning = sum(leaf.size for leaf in jax.tree.leaves(learner.changing(learner.abstract_state).params))
     devices = learner.mesh.devices
-    rate = step_flops(learner.config, tokens, pairs, learning) / seconds / devices.size / 1e12
+    rate = step_flops(learner.config, tokens, pairs, learner.learning_size) / seconds / devices.size / 1e12
     metrics = {"tokens_per_second": tokens / seconds, "tflops_per_device": rate, "memory_gib": memory_gib()}
     peak = peak_tflops(devices.flat[0].device_kind)
     return metrics if peak is None else metrics | {"mfu": rate / peak}

@@ -5,6 +5,7 @@ F feed-forward size, V vocabulary, L layers, S cache positions.  Inside a layer 
 all tokens are one matrix [B·T, D], so that no product and no gradient needs a transposed copy.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -294,6 +295,7 @@ class Transformer(nnx.Module):
         return tuple((zeros(), zeros()) for _ in range(self.config.num_layers))
 
 
+@functools.lru_cache
 def count_parameters(config: ModelConfig) -> int:
     """Number of parameters of a model, from its shape alone."""
     model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))

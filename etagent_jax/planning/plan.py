@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from etagent_jax.data.packing import DTYPES
-from etagent_jax.learner import trainable
 from etagent_jax.learner.throughput import peak_tflops, step_flops
 from etagent_jax.model.transformer import ModelConfig, Remat
 from etagent_jax.planning import devices
@@ -111,7 +110,7 @@ def exact_memory(step: Step) -> dict[str, int]:
     return {
         "parameters": _shard_bytes(state.params),
         "optimizer": _shard_bytes(state.opt_state),
-        "gradients": _shard_bytes(trainable.split(state.params, learner.learns)[0]),
+        "gradients": _shard_bytes(learner.changing(state).params),
         "batch": batch // (learner.mesh.shape["data"] * learner.mesh.shape["fsdp"]),
     }
 
@@ -140,9 +139,8 @@ def _flops(step: Step) -> tuple[float, float]:
     """Of one device, for rows without padding that hold one sequence each: model FLOPs, and those executed."""
     learner, tokens = step.learner, step.rows * step.length
     pairs = step.rows * step.length * (step.length + 1) // 2
-    learning = trainable.split(learner.abstract_state.params, learner.learns)[0]
-    model = step_flops(learner.config, tokens, pairs, sum(leaf.size for leaf in jax.tree.leaves(learning)))
-    executed = model + repeated_flops(learner.config, tokens, pairs, step.remat)
+    model = step_flops(learner.config, tokens, pairs, learner.learning_size)
+    executed = model + repeated_flops(learner.config, tokens, pairs, learner.remat)
     return model / learner.mesh.size, executed / learner.mesh.size
 
 

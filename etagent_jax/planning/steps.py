@@ -13,7 +13,7 @@ from etagent_jax.learner.optimizer import OptimizerConfig
 from etagent_jax.learner.step import Learner
 from etagent_jax.model.folder import read_config
 from etagent_jax.model.shapes import SHAPES
-from etagent_jax.model.transformer import ModelConfig, Remat
+from etagent_jax.model.transformer import ModelConfig
 from etagent_jax.stages import calibrate, setup
 from etagent_jax.stages.base import model_config
 from etagent_jax.tokenizer import Tokenizer
@@ -24,20 +24,20 @@ Kind = Literal["sft", "policy"]
 
 @dataclass(frozen=True)
 class Step:
-    """One compiled step of a stage: its learner, and the shape of its batch.  remat: of the learner."""
+    """One compiled step of a stage: its learner, and the shape of its batch."""
 
     stage: str
     kind: Kind
     learner: Learner
     rows: int
     length: int
-    remat: Remat
 
     @property
     def layout(self) -> tuple:
         """All that changes may differ in."""
         mesh = tuple(self.learner.mesh.shape.values())
-        return self.kind, self.learner.mesh.devices.size, mesh, self.rows, self.learner.micro_batches, self.remat
+        learner = self.learner
+        return self.kind, learner.mesh.devices.size, mesh, self.rows, learner.micro_batches, learner.remat
 
     def lower(self) -> jax.stages.Lowered:
         lower = self.learner.lower_sft_step if self.kind == "sft" else self.learner.lower_policy_step
@@ -90,4 +90,4 @@ def _step(config: ConfigDict, kind: Kind, stage: str, model: ModelConfig, device
         settings = {name: value for name, value in c.optimizer.items() if name != "warmup_ratio"}
         optimizer = OptimizerConfig(**{"total_steps": 1000, **settings})
         learner = setup.make_learner(config, stage, model, optimizer, mesh=mesh)
-    return Step(stage, kind, learner, learner.whole_rows(setup.step_rows(c)), c.length, config.remat)
+    return Step(stage, kind, learner, learner.whole_rows(setup.step_rows(c)), c.length)
