@@ -174,12 +174,10 @@ async def ask(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    from etagent_jax.policy.sglang import SGLangError
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         asyncio.run(ask(options))
-    except (OSError, ValueError, SGLangError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"ask: {error}")
     except KeyboardInterrupt:
         pass

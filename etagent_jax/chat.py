@@ -1,10 +1,12 @@
 """One LLM endpoint that speaks OpenAI's chat API: what the reviser, the judge and the summariser are asked through."""
 
 import asyncio
+import functools
+import json
 from collections.abc import Sequence
 from typing import Protocol
 
-import httpx
+import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 Message = dict[str, str]
@@ -25,11 +27,18 @@ class Chat(Protocol):
         ...
 
 
+class _BadStatus(Exception):
+    """An HTTP status of 400 or more."""
+
+    def __init__(self, status: int, said: str):
+        self.status, self.said = status, said
+
+
 def _is_transient(error: BaseException) -> bool:
     """True for what may pass by itself: no connection, a time-out, 429 and 5xx."""
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError)
+    if isinstance(error, _BadStatus):
+        return error.status == 429 or error.status >= 500
+    return isinstance(error, aiohttp.ClientError | TimeoutError)
 
 
 class ChatEndpoint:
@@ -52,10 +61,14 @@ class ChatEndpoint:
         self._body = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
         self._backoff = backoff
         self._slots = asyncio.Semaphore(concurrency)
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # `concurrency` bounds the requests: a queue inside httpx would count against their time limit
-        limits = httpx.Limits(max_connections=None)
-        self._client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._timeout = aiohttp.ClientTimeout(total=timeout)
+
+    @functools.cached_property
+    def _session(self) -> aiohttp.ClientSession:  # made in the event loop that uses it
+        # `concurrency` bounds the requests: a queue for connections would count against their time limit
+        connector = aiohttp.TCPConnector(limit=0)
+        return aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=self._timeout, trust_env=True)
 
     async def complete(self, messages: Sequence[Message]) -> str:
         """The text of the first choice.
@@ -68,33 +81,33 @@ class ChatEndpoint:
         )  # fmt: skip
         try:
             async with self._slots:
-                response: httpx.Response = await retrying(self._post, messages)
-        except httpx.HTTPStatusError as error:
-            code, said = error.response.status_code, error.response.text[:200]
+                said: str = await retrying(self._post, messages)
+        except _BadStatus as error:
             advice = (
                 f"after {TRIES} tries" if _is_transient(error) else "check the model's name, the key and the prompt"
             )
-            raise ChatError(f"{self.url} answered HTTP {code} ({advice}): {said}") from error
-        except httpx.TransportError as error:
+            raise ChatError(f"{self.url} answered HTTP {error.status} ({advice}): {error.said[:200]}") from error
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise ChatError(
                 f"{self.url} cannot be reached ({type(error).__name__}: {error}; {TRIES} tries): is the server up?"
             ) from error
-        return self._text(response)
+        return self._text(said)
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._session.close()
 
-    async def _post(self, messages: Sequence[Message]) -> httpx.Response:
-        response = await self._client.post(self.url, json={**self._body, "messages": list(messages)})
-        return response.raise_for_status()
+    async def _post(self, messages: Sequence[Message]) -> str:
+        async with self._session.post(self.url, json={**self._body, "messages": list(messages)}) as response:
+            said = await response.text(errors="replace")
+        if response.status >= 400:
+            raise _BadStatus(response.status, said)
+        return said
 
-    def _text(self, response: httpx.Response) -> str:
+    def _text(self, said: str) -> str:
         try:
-            text = response.json()["choices"][0]["message"]["content"]
+            text = json.loads(said)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError) as error:
-            raise ChatError(f"{self.url} did not answer with a chat completion: {response.text[:200]!r}") from error
+            raise ChatError(f"{self.url} did not answer with a chat completion: {said[:200]!r}") from error
         if not isinstance(text, str):
-            raise ChatError(
-                f"{self.url} answered without text (a tool call, or thinking only): {response.text[:200]!r}"
-            )
+            raise ChatError(f"{self.url} answered without text (a tool call, or thinking only): {said[:200]!r}")
         return text

@@ -6,10 +6,13 @@
                                        "return_logprob": true, "logprob_start_len": 0}'
 
 The second request samples nothing: it asks how probable the given tokens are.
+The environment variable SGLANG_API_KEY stands for --api-key, so that the key is not among the processes' arguments.
 SIGTERM or Ctrl-C ends it, with exit status 0.
 """
 
 import argparse
+import ipaddress
+import os
 import signal
 import socket
 import sys
@@ -27,14 +30,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json, weights and tokenizer")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=30000, help="0 takes a free one (default: %(default)s)")
-    parser.add_argument("--api-key", help="what clients must send as `Authorization: Bearer …`")
+    parser.add_argument(
+        "--api-key", default=os.environ.get("SGLANG_API_KEY"),
+        help="what clients must send as `Authorization: Bearer …` (default: SGLANG_API_KEY, if it is set)",
+    )  # fmt: skip
     parser.add_argument("--slots", type=int, default=16, help="sequences generated side by side (default: %(default)s)")
     parser.add_argument(
         "--context", type=int, help=f"most tokens of one sequence (default: the model's, at most {MAX_DEFAULT_CONTEXT})"
     )
+    parser.add_argument(
+        "--max-queued-requests", type=int, default=2048,
+        help="most requests that wait for a slot; further ones are answered 503 (default: %(default)s)",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
-    for name, least in (("port", 0), ("slots", 1), ("context", 2)):
-        value = getattr(options, name)
+    for name, least in (("port", 0), ("slots", 1), ("context", 2), ("max-queued-requests", 0)):
+        value = getattr(options, name.replace("-", "_"))
         if value is not None and value < least:
             parser.error(f"--{name} must be at least {least}, got {value}")
     return options
@@ -54,6 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def serve(options: argparse.Namespace) -> None:
     """Load the model and answer requests until a signal; ValueError or OSError say what cannot be."""
     listener = _listen(options.host, options.port)
+    host, port = listener.getsockname()[:2]
+    if not (options.api_key or ipaddress.ip_address(host).is_loopback):
+        print(
+            f"serve: warning: without an API key, whoever can reach {host}:{port} can generate and change the weights; "
+            "set SGLANG_API_KEY, or listen on 127.0.0.1",
+            file=sys.stderr,
+        )
 
     # Imported here so that --help and bad options answer at once.
     import asyncio
@@ -75,12 +92,13 @@ def serve(options: argparse.Namespace) -> None:
     try:
         warm_up = (0,) * min(32, context - 1)
         asyncio.run(engine.generate(warm_up, Sampling(temperature=0, max_new_tokens=1)))
-        app = make_app(engine, tokenizer, str(options.model), options.api_key)
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=GRACE_SECONDS)
+        app = make_app(engine, tokenizer, str(options.model), options.api_key, max_queued=options.max_queued_requests)
+        # h11 bounds the bytes of a request's headers.
+        settings = uvicorn.Config(
+            app, http="h11", log_level="warning", lifespan="off", timeout_graceful_shutdown=GRACE_SECONDS
         )
+        server = uvicorn.Server(settings)
         listener.listen(2048)
-        host, port = listener.getsockname()[:2]
         print(
             f"serving {options.model} at http://{host}:{port} ({options.slots} slots of {context} tokens)", flush=True
         )

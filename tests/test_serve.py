@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import httpx
 import numpy as np
 import pytest
 from flax import nnx
@@ -30,6 +31,8 @@ def save(folder: Path, config: ModelConfig) -> Path:
 
 async def ask(url: str, ids: tuple[int, ...]) -> tuple[Scores, Completion]:
     """The scores of `ids`, and what follows them, greedily."""
+    async with httpx.AsyncClient(base_url=url) as client:
+        assert (await client.get("/server_info")).json()["max_queued_requests"] == 5
     async with SGLangPolicy(url) as policy:
         return await policy.score(ids), await policy.generate(ids, Sampling(0.0, 1))
 
@@ -45,7 +48,8 @@ def test_a_folder_of_every_family_is_served_and_scored_as_transformers_does(fami
     with torch.no_grad():
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         logprobs = torch.log_softmax(reference(torch.tensor([ids])).logits[0].double(), -1).numpy()
-    command = [sys.executable, "-m", "etagent_jax.serve", "--model", str(folder), "--port", "0", "--slots", "2"]
+    command = [sys.executable, "-m", "etagent_jax.serve", "--model", str(folder), "--port", "0", "--slots", "2",
+               "--max-queued-requests", "5"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             said = server.stdout.readline()
@@ -55,6 +59,25 @@ def test_a_folder_of_every_family_is_served_and_scored_as_transformers_does(fami
     assert server.returncode == 0
     np.testing.assert_allclose(scores.logprobs, logprobs[np.arange(len(ids) - 1), ids[1:]], atol=1e-5)
     assert completion.token_ids == (logprobs[-1].argmax(),)
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warns"), [("0.0.0.0", "", True), ("0.0.0.0", "k", False), ("127.0.0.1", "", False)]
+)
+def test_listening_beyond_this_machine_without_a_key_is_warned_of(host, key, warns, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("SGLANG_API_KEY", key)
+    with pytest.raises(SystemExit, match=r"config\.json: not there"):
+        serve.main(["--model", str(tmp_path), "--host", host, "--port", "0"])
+    assert ("without an API key, whoever can reach 0.0.0.0:" in capsys.readouterr().err) is warns
+
+
+def test_the_key_may_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("SGLANG_API_KEY", "from there")
+    assert serve.parse(["--model", "x"]).api_key == "from there"
+    assert serve.parse(["--model", "x", "--api-key", "from here"]).api_key == "from here"
+    with pytest.raises(SystemExit):
+        serve.parse(["--model", "x", "--max-queued-requests", "-1"])
 
 
 def test_a_folder_that_cannot_be_served_is_one_sentence_before_its_weights_are_read(tmp_path, monkeypatch):

@@ -34,7 +34,9 @@ def running(app: Starlette):
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     # uvicorn's own logging would hold on to a captured stderr
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http="h11", log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
@@ -128,7 +130,7 @@ async def test_input_logprobs_begin_where_asked_the_first_of_them_null(engine, u
             assert rows == [[logprob, i, None] for logprob, i in expected]
             assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": new}
             assert answer["meta_info"]["completion_tokens"] == len(answer["output_ids"]) == new
-            assert answer["meta_info"]["weight_version"] == "0"
+            assert answer["meta_info"]["weight_version"] == "default"
             assert [row[1] for row in answer["meta_info"]["output_token_logprobs"]] == answer["output_ids"]
         unasked = (await client.post(f"{url}/generate", json=asked | {"return_logprob": False})).json()
         assert not {"input_token_logprobs", "output_token_logprobs"} & unasked["meta_info"].keys()
@@ -149,7 +151,7 @@ async def test_weights_from_disk(tmp_path, engine, policy):
     assert (await policy.generate(prompt(20), Sampling(1.0, 9))) == completion
 
 
-async def test_a_client_that_leaves_frees_its_slot(engine, policy, monkeypatch):
+async def test_a_client_that_leaves_frees_its_slot(engine, url, policy, monkeypatch):
     cancelled, generate = threading.Event(), engine.generate
 
     async def spy(*args):
@@ -161,10 +163,12 @@ async def test_a_client_that_leaves_frees_its_slot(engine, policy, monkeypatch):
 
     monkeypatch.setattr(engine, "generate", spy)
     gate = Gate(monkeypatch)
-    request = asyncio.create_task(policy.generate(prompt(5), Sampling(1.0, 150)))
-    await asyncio.to_thread(gate.reached.wait)
-    request.cancel()
-    await asyncio.to_thread(cancelled.wait)
+    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}) as client:
+        body = {"input_ids": prompt(5), "sampling_params": {"max_new_tokens": 150}}
+        request = asyncio.create_task(client.post(f"{url}/generate", json=body))
+        await asyncio.to_thread(gate.reached.wait)
+        request.cancel()
+        await asyncio.to_thread(cancelled.wait)
     gate.open()
     assert len((await policy.generate(prompt(9), Sampling(1.0, 4))).token_ids) == 4
     assert engine.statistics.sampled < 100
@@ -203,15 +207,15 @@ def sampling(**parameters) -> dict:
         (IDS | {"logprob_start_len": True}, "logprob_start_len must be"),
         (IDS | {"strem": True}, "unknown field 'strem'"),
         (IDS | {"\ud800": True}, "unknown field"),
-        (IDS | {"sampling_params": [1]}, "must be an object"),
+        (IDS | {"sampling_params": [1]}, "sampling_params must be of type dict"),
         (sampling(temprature=1), "unknown sampling parameter 'temprature'; there are temperature, top_p"),
         (sampling(temperature="hot"), "temperature must be of type float"),
         (sampling(temperature=-1), "temperature must be 0 or at least"),
         (sampling(temperature=1e-30), "temperature must be 0 or at least"),
-        (sampling(temperature=float("nan")), "temperature"),
+        (sampling(temperature=float("nan")), "NaN is no number of JSON"),
         (sampling(temperature=10**400), "temperature is too large"),
         (sampling(top_p=0), "top_p must be in"),
-        (sampling(top_k=20), "top_k must be -1"),
+        (sampling(top_k=20), "sampling parameter 'top_k' is not served here; leave it out, or give -1"),
         (sampling(max_new_tokens=-1), "max_new_tokens must be at least 1"),
         (sampling(max_new_tokens=True), "max_new_tokens must be of type int"),
         (sampling(stop=3), "stop must be a string"),
@@ -258,6 +262,14 @@ async def test_text_is_for_people(engine, url):
             assert answer["text"].startswith(expected)
             assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
             assert "output_token_logprobs" not in answer["meta_info"]
+
+
+async def test_a_key_may_have_any_characters(engine):
+    with running(make_app(engine, make_tokenizer(), "tiny", "schlüssel 東")) as url:
+        async with httpx.AsyncClient() as client:
+            for key, status in (("schlüssel 東", 200), ("schlüssel", 401)):
+                headers = {"Authorization": f"Bearer {key}".encode()}
+                assert (await client.get(f"{url}/model_info", headers=headers)).status_code == status
 
 
 async def test_a_wrong_key_is_named(url):

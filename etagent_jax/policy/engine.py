@@ -1,9 +1,9 @@
 """The embedded engine: continuous batching of one JAX model over fixed slots.
 
 One thread owns the device: it admits requests to slots, runs the compiled loop for a while, hands
-finished completions back, and in between scores given tokens and takes new weights.  What a slot
-has cached stays after its request ends, so the next turn of the trajectory, or another rollout of
-the same prompt, begins where the whole chunks of the common prefix end.
+finished completions back, and in between scores given tokens and does what it is called to: take new
+weights, abort, pause.  What a slot has cached stays after its request ends, so the next turn of the
+trajectory, or another rollout of the same prompt, begins where the whole chunks of the common prefix end.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -21,17 +22,28 @@ from flax import nnx
 from etagent_jax.model.folder import check_vocabulary
 from etagent_jax.model.transformer import ModelConfig, Transformer
 from etagent_jax.policy import decoding
-from etagent_jax.policy.interface import Completion, Sampling, Scores
+from etagent_jax.policy.interface import Completion, Finish, Sampling, Scores
+from etagent_jax.policy.prefixes import Prefixes
 from etagent_jax.policy.stops import StopTable, check_stops
 from etagent_jax.tokenizer import Tokenizer
 
+PauseMode = Literal["abort", "in_place", "retract"]
 
-@dataclass
+T = TypeVar("T")
+
+
+class EngineStopped(RuntimeError):
+    """The engine is closed, or its thread has failed; the message says which."""
+
+
+@dataclass(eq=False)
 class _Request:
     token_ids: np.ndarray
     sampling: Sampling
     session: str
+    id: str
     future: "Future[Completion]"
+    cached: int = 0
     versions: list[tuple[int, int]] = field(default_factory=list)  # (first token index, weight version)
 
 
@@ -64,7 +76,7 @@ class Engine:
     ):
         check_fit(model.config, tokenizer, context, "engine")
         vocab = model.config.vocab_size
-        self.config, self.context = model.config, context
+        self.config, self.context, self.slots = model.config, context, slots
         self.statistics = EngineStatistics()
         self._device = jax.local_devices()[0]
         self._model, self._version = jax.device_put(model, self._device), 0
@@ -77,13 +89,11 @@ class Engine:
         self._is_eos = jax.numpy.asarray(np.isin(np.arange(vocab), tokenizer.eos_ids))
         self._stop_arrays = decoding.StopArrays(self._stops.table, self._stops.accepts, self._is_eos)
         self._requests: dict[int, _Request] = {}
-        self._sessions = [""] * slots
-        self._last_used = np.zeros(slots, np.int64)
-        self._prefilled = np.zeros(slots, np.int32)
-        self._clock = 0
+        self._prefixes = Prefixes(slots, chunk)
         self._queue: collections.deque[_Request] = collections.deque()
         self._scorings: collections.deque[tuple[np.ndarray, Future[Scores]]] = collections.deque()
-        self._updates: collections.deque[tuple[int, nnx.State, Future[None]]] = collections.deque()
+        self._calls: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
+        self._paused: PauseMode | None = None
         self._wake = threading.Condition()
         self._closed = False
         self._failure: BaseException | None = None
@@ -100,13 +110,18 @@ class Engine:
         """True once requests are no longer taken: after `close`, or because the thread has failed."""
         return self._closed
 
-    async def generate(self, token_ids: Sequence[int], sampling: Sampling, session: str = "") -> Completion:
-        """Continue `token_ids`; ValueError if they are empty, leave no room, or hold an unknown id, or if a
-        stop string is not ASCII."""
+    async def generate(
+        self, token_ids: Sequence[int], sampling: Sampling, session: str = "", request_id: str = ""
+    ) -> Completion:
+        """Continue `token_ids`; `request_id` is what `abort` knows this by.
+
+        ValueError if the ids are empty, leave no room, or hold an unknown one, or if a stop string is not ASCII.
+        """
         ids = self._checked(token_ids, self.context - 1)
         check_stops(sampling.stop)
         future: Future[Completion] = Future()
-        self._post(lambda: self._queue.append(_Request(ids, sampling, session, future)))
+        future.add_done_callback(self._notice_if_cancelled)
+        self._post(lambda: self._queue.append(_Request(ids, sampling, session, request_id, future)))
         return await asyncio.wrap_future(future)
 
     async def score(self, token_ids: Sequence[int]) -> Scores:
@@ -130,9 +145,27 @@ class Engine:
             raise ValueError(f"weights of version {version} differ in names or shapes from this model's")
         dtype = self.config.param_dtype
         weights = jax.tree.map(lambda x: jax.device_put(x.astype(dtype), self._device), weights)
-        future: Future[None] = Future()
-        self._post(lambda: self._updates.append((version, weights, future)))
-        await asyncio.wrap_future(future)
+        await self._call(lambda: self._replace_weights(version, weights))
+
+    async def abort(self, request_id: str | None) -> None:
+        """End the request of that id, or all for None: each returns what it has, with finish `abort`."""
+        await self._call(lambda: self._abort(request_id))
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Sample nothing until `resume`; new requests wait, while scores and new weights are still taken.
+
+        Open requests end as by `abort`, or stay and go on afterwards: with what they have cached
+        (`in_place`), or letting `flush_cache` have it (`retract`).
+        """
+        await self._call(lambda: self._pause(mode))
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        await self._call(lambda: self._pause(None))
+
+    async def flush_cache(self) -> bool:
+        """Use nothing again that is cached now; False, and nothing done, while requests run that need it."""
+        return await self._call(self._flush)
 
     def close(self) -> None:
         """Stop the thread; requests still open are cancelled."""
@@ -152,32 +185,46 @@ class Engine:
     def _post(self, enqueue: Callable[[], None]) -> None:
         with self._wake:
             if self._failure is not None:
-                raise RuntimeError("the engine's thread has failed") from self._failure
+                raise EngineStopped("the engine's thread has failed") from self._failure
             if self._closed:
-                raise RuntimeError("the engine is closed")
+                raise EngineStopped("the engine is closed")
             enqueue()
             self._wake.notify()
+
+    async def _call(self, do: Callable[[], T]) -> T:
+        """What `do` returns when the thread does it, between two runs of the loop."""
+        future: Future[T] = Future()
+        self._post(lambda: self._calls.append((do, future)))
+        return await asyncio.wrap_future(future)
+
+    def _notice_if_cancelled(self, future: Future) -> None:
+        if future.cancelled():
+            with self._wake:
+                self._calls.append((self._drop_cancelled, Future()))
+                self._wake.notify()
+
+    def _has_work(self) -> bool:
+        runs = self._paused is None and (self._queue or self._busy())
+        return bool(self._closed or self._calls or self._scorings or runs)
 
     def _run(self) -> None:
         try:
             while True:
                 with self._wake:
-                    while not (self._closed or self._updates or self._scorings or self._queue or self._busy()):
-                        self._wake.wait()
+                    self._wake.wait_for(self._has_work)
                     if self._closed:
                         break
-                while self._updates:
-                    version, weights, future = self._updates[0]
-                    self._replace_weights(version, weights)
-                    self._updates.popleft()
-                    if future.set_running_or_notify_cancel():
-                        future.set_result(None)
+                while self._calls:
+                    do, future = self._calls[0]
+                    result = do()
+                    self._calls.popleft()
+                    _resolve(future, result)
                 if self._scorings:
                     self._score_next()
-                self._drop_cancelled()
-                self._admit()
-                if self._busy():
-                    self._advance()
+                if self._paused is None:
+                    self._admit()
+                    if self._busy():
+                        self._advance()
         except BaseException as error:
             self._failure = error
             raise
@@ -189,21 +236,49 @@ class Engine:
         with self._wake:
             self._closed = True
             waiting: list[Future] = [r.future for r in (*self._queue, *self._requests.values())]
-            waiting += [update[-1] for update in self._updates] + [scoring[-1] for scoring in self._scorings]
+            waiting += [call[-1] for call in self._calls] + [scoring[-1] for scoring in self._scorings]
         for future in waiting:
             if self._failure is None:
                 future.cancel()
             elif future.set_running_or_notify_cancel():
-                future.set_exception(RuntimeError(f"the engine's thread has failed: {self._failure!r}"))
+                future.set_exception(EngineStopped(f"the engine's thread has failed: {self._failure!r}"))
 
     def _replace_weights(self, version: int, weights: nnx.State) -> None:
         graph, _ = nnx.split(self._model)
         self._model, self._version = nnx.merge(graph, weights), version
-        s = self._slots
-        s.position[:] = 0
-        self._prefilled[:] = 0
-        for slot in map(int, np.flatnonzero(s.active)):
-            self._requests[slot].versions.append((int(s.known[slot]), version))
+        self._forget_cache()
+        for slot, request in self._requests.items():
+            request.versions.append((int(self._slots.known[slot]), version))
+
+    def _forget_cache(self) -> None:
+        """The loop fills the slots that are active from their first token on."""
+        self._slots.position[:] = 0
+        self._prefixes.forget()
+
+    def _flush(self) -> bool:
+        free = self._paused == "retract" or not self._busy()
+        if free:
+            self._forget_cache()
+        return free
+
+    def _pause(self, mode: PauseMode | None) -> None:
+        self._paused = mode
+        if mode == "abort":
+            self._abort(None)
+
+    def _abort(self, request_id: str | None) -> None:
+        chosen = lambda request: request_id is None or request.id == request_id
+        for slot in [slot for slot, request in self._requests.items() if chosen(request)]:
+            self._finish(slot, "abort")
+        for request in self._withdraw(chosen):
+            _resolve(request.future, Completion((), (), "abort", ()))
+
+    def _withdraw(self, chosen: Callable[[_Request], bool]) -> list[_Request]:
+        """Take the waiting requests that are `chosen` out of the queue."""
+        with self._wake:
+            waiting = [(request, chosen(request)) for request in self._queue]
+            self._queue = collections.deque(request for request, out in waiting if not out)
+        return [request for request, out in waiting if out]
 
     def _score_next(self) -> None:
         """Score the sequence that has waited longest, so that many of them do not hold up the others."""
@@ -213,18 +288,17 @@ class Engine:
             tokens = np.zeros(-(-self.context // at_once) * at_once + 1, np.int32)
             tokens[: len(ids)] = ids
             logprobs = np.asarray(decoding.score(self._model, tokens, np.int32(len(ids))))
-            if future.set_running_or_notify_cancel():
-                future.set_result(Scores(tuple(logprobs[: len(ids) - 1].tolist()), self._version))
+            _resolve(future, Scores(tuple(logprobs[: len(ids) - 1].tolist()), self._version))
         self._scorings.popleft()
 
     def _busy(self) -> bool:
         return bool(self._slots.active.any())
 
     def _drop_cancelled(self) -> None:
-        for slot in map(int, np.flatnonzero(self._slots.active)):
-            if self._requests[slot].future.cancelled():
-                self._slots.active[slot] = False
-                del self._requests[slot]
+        for slot in [slot for slot, request in self._requests.items() if request.future.cancelled()]:
+            self._slots.active[slot] = False
+            del self._requests[slot]
+        self._withdraw(lambda request: request.future.cancelled())
 
     def _admit(self) -> None:
         """Give waiting requests to free slots, as long as there are both."""
@@ -235,14 +309,18 @@ class Engine:
 
     def _place(self, request: _Request) -> None:
         s, ids, n = self._slots, request.token_ids, len(request.token_ids)
-        slot, start = self._best_slot(request)
+        source, slot, start = self._prefixes.find(ids, s.tokens, s.active, request.session)
+        if start and source != slot:
+            self._cache = decoding.copy_slot(self._cache, source, slot)
+        self.statistics.reused += start
         s.tokens[slot, :n] = ids
         end = (n - 1) // self._chunk * self._chunk
         if start < end:
             tokens = s.tokens[slot].copy()
             self._cache = decoding.prefill(self._model, self._cache, slot, tokens, start, end, self._chunk)
             self.statistics.computed += end - start
-        self._prefilled[slot] = end
+        self._prefixes.hold(slot, end, request.session)
+        request.cached = start
         sampling = request.sampling
         s.position[slot], s.known[slot] = end, n
         s.limit[slot] = min(n + sampling.max_new_tokens, self.context)
@@ -251,7 +329,7 @@ class Engine:
         s.temperature[slot], s.top_p[slot] = sampling.temperature, sampling.top_p
         s.seed[slot] = sampling.seed & 0xFFFFFFFF
         request.versions.append((n, self._version))
-        self._requests[slot], self._sessions[slot] = request, request.session
+        self._requests[slot] = request
 
     def _stop_state(self, stops: tuple[str, ...]) -> int:
         """Where the automaton of `stops` starts; its table goes to the device when it is new.
@@ -272,30 +350,6 @@ class Engine:
         self._stop_arrays = decoding.StopArrays(table, accepts, self._is_eos)
         return start
 
-    def _best_slot(self, request: _Request) -> tuple[int, int]:
-        """A free slot for `request` and the number of its tokens already cached there.
-
-        Only whole chunks that `prefill` computed are taken, so that a sequence's keys are the same
-        bits whatever ran earlier; the slot that holds most of them is used, or copied if it is busy.
-        """
-        s, ids = self._slots, request.token_ids
-        self._clock += 1
-        shared = np.cumprod(s.tokens[:, : len(ids)] == ids, axis=1).sum(axis=1)
-        cached = np.minimum(np.minimum(shared, len(ids) - 1) // self._chunk * self._chunk, self._prefilled)
-        free = np.flatnonzero(~s.active)
-        source = int(np.argmax(cached))
-        start = int(cached[source])
-        own = [slot for slot in free if self._sessions[slot] == request.session and request.session]
-        if own and cached[own[0]] == start:
-            source = slot = int(own[0])
-        else:
-            slot = int(free[np.argmin(self._last_used[free])])
-        if start and source != slot:
-            self._cache = decoding.copy_slot(self._cache, source, slot)
-        self._last_used[slot] = self._clock
-        self.statistics.reused += start
-        return slot, start
-
     def _advance(self) -> None:
         """Run the compiled loop once and hand back what it finished."""
         before = self._slots
@@ -308,22 +362,29 @@ class Engine:
         self.statistics.computed += int((s.position - before.position).sum())
         self.statistics.sampled += int((s.known - before.known)[running].sum())
         for slot in map(int, running[~s.active[running]]):
-            completion = self._completion(slot, self._requests[slot])
-            request = self._requests.pop(slot)
-            if request.future.set_running_or_notify_cancel():
-                request.future.set_result(completion)
+            self._finish(slot, "stop" if s.stopped[slot] else "length")
 
-    def _completion(self, slot: int, request: _Request) -> Completion:
-        s, start = self._slots, len(request.token_ids)
-        end = int(s.known[slot])
+    def _finish(self, slot: int, finish: Finish) -> None:
+        """Hand back what the slot's request has, and free the slot."""
+        s, request = self._slots, self._requests[slot]
+        start, end = len(request.token_ids), int(s.known[slot])
         starts = [first for first, _ in request.versions] + [end]
         versions = [
             v for (first, v), last in zip(request.versions, starts[1:], strict=True) for _ in range(first, last)
         ]
-        return Completion(
-            tuple(s.tokens[slot, start:end].tolist()), tuple(s.logprobs[slot, start:end].tolist()),
-            "stop" if s.stopped[slot] else "length", tuple(versions),
+        completion = Completion(
+            tuple(s.tokens[slot, start:end].tolist()), tuple(s.logprobs[slot, start:end].tolist()), finish,
+            tuple(versions), request.cached,
         )  # fmt: skip
+        s.active[slot] = False
+        del self._requests[slot]
+        _resolve(request.future, completion)
+
+
+def _resolve(future: "Future[T]", result: T) -> None:
+    """Give the result to whoever still waits for it."""
+    if future.set_running_or_notify_cancel():
+        future.set_result(result)
 
 
 def _shapes(weights: nnx.State) -> dict:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 Finish = Literal["stop", "length", "abort"]
@@ -42,12 +42,14 @@ class Completion:
     logprobs: natural log-probabilities at the sampling temperature (at temperature 0: those of
     T = 1), not renormalised by top-p.  finish: `stop` (a stop string or the end-of-sequence
     token), `length`, or `abort`.  weight_versions: for each token, the version that sampled it.
+    cached_tokens: how many of the input's were found in a cache; not compared.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: Finish
     weight_versions: tuple[int, ...]
+    cached_tokens: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.logprobs), len(self.weight_versions)}

@@ -4,70 +4,102 @@ import asyncio
 import dataclasses
 import hmac
 import json
-import uuid
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn, TypeVar, get_args
 from urllib.parse import unquote
 
 from flax import nnx
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from etagent_jax import __version__
 from etagent_jax.model import weights
-from etagent_jax.model.folder import read_config
+from etagent_jax.model.folder import ARCHITECTURES, read_config
 from etagent_jax.model.transformer import ModelConfig
-from etagent_jax.policy.engine import Engine
-from etagent_jax.policy.interface import Completion, Sampling, Scores
+from etagent_jax.policy.engine import Engine, EngineStopped, PauseMode
+from etagent_jax.policy.interface import Completion, Scores
+from etagent_jax.policy.requests import GenerateRequest, Refused, read_request, refuse_unknown
 from etagent_jax.policy.sglang import SESSION_HEADER
 from etagent_jax.tokenizer import Tokenizer
 
-FIELDS = ("input_ids", "text", "sampling_params", "return_logprob", "logprob_start_len")
-SAMPLING_DEFAULTS: dict[str, Any] = {
-    "temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 128, "stop": None, "sampling_seed": 0,
-    "no_stop_trim": False, "skip_special_tokens": True, "spaces_between_special_tokens": True,
-}  # fmt: skip
-"""The sampling parameters there are, with SGLang's defaults."""
-
 BODY_BYTES_PER_TOKEN, BODY_BYTES = 16, 1 << 20
-STOP_CHARACTERS = 256  # each is a row of the stop table, 0.6 MB at a vocabulary of 152,064
-MAX_FLOAT = 1e6
+HEALTH_SECONDS = 20.0
+VERSION_DIGITS = 18
 CLIENT_CLOSED_REQUEST = 499
 
-
 T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
 
 
-class BadRequest(Exception):
-    """The client's mistake, in one sentence, and the HTTP status for it."""
-
-    def __init__(self, message: str, status: int = 400):
-        super().__init__(message)
-        self.status = status
-
-
-def make_app(engine: Engine, tokenizer: Tokenizer, model_path: str, api_key: str | None = None) -> Starlette:
-    """`POST /generate`, `POST /update_weights_from_disk`, `GET /get_model_info` and `GET /health`.
+def make_app(
+    engine: Engine, tokenizer: Tokenizer, model_path: str, api_key: str | None = None, *,
+    max_queued: int = 2048, body_seconds: float = 60.0,
+) -> Starlette:  # fmt: skip
+    """SGLang's routes for generating, aborting, pausing, new weights, and what is served.
 
     One prompt a request, not streamed; answers are shaped like SGLang's.  With `return_logprob`,
     `input_token_logprobs` are those from `logprob_start_len` on (default: none), the first of them
     null; with `max_new_tokens` 0 nothing is sampled.  A request whose client goes away frees its
-    slot.  With an api_key, all but `/health` ask for `Authorization: Bearer <key>`.
+    slot.  Scores and new weights are taken while generation is paused.
+
+    api_key: all but `/health` and `/health_generate` ask for `Authorization: Bearer <key>`.
+    max_queued: most requests beyond those that have a slot; further ones are answered 503.
+    body_seconds: until a request's body has arrived.
     """
     served = {"model_path": model_path}
-    body_limit = BODY_BYTES + BODY_BYTES_PER_TOKEN * engine.context
+    version_names = {engine.version: "default"}  # the weights of the launch have no number
+    in_flight: set[str] = set()
+    updating = asyncio.Lock()  # one set of new weights in memory at a time
+
+    def version_name(number: int) -> str:
+        return version_names.get(number, str(number))
+
+    async def read_body(request: Request) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(body_seconds):
+                return await _json_object(request, BODY_BYTES + BODY_BYTES_PER_TOKEN * engine.context)
+        except TimeoutError as error:
+            raise Refused(f"the body did not arrive within {body_seconds:g} s", 408) from error
 
     async def health(request: Request) -> Response:
         return Response(status_code=503 if engine.closed else 200)
 
+    async def health_generate(request: Request) -> Response:
+        """A score is answered although all slots are taken, or generation is paused."""
+        try:
+            async with asyncio.timeout(HEALTH_SECONDS):
+                await engine.score((0, 0))
+        except TimeoutError:
+            return Response(status_code=503)
+        return Response()
+
     async def model_info(request: Request) -> Response:
-        return _json({**served, "is_generation": True, "weight_version": str(engine.version)})
+        architecture = next(name for name, family in ARCHITECTURES.items() if family == engine.config.family)
+        return _json(
+            {
+                **served, "tokenizer_path": model_path, "is_generation": True, "model_type": engine.config.family,
+                "architectures": [architecture], "weight_version": version_name(engine.version),
+            }
+        )  # fmt: skip
+
+    async def server_info(request: Request) -> Response:
+        return _json(
+            {
+                **served, "tokenizer_path": model_path, "version": __version__,
+                "context_length": engine.context, "max_req_input_len": engine.context,
+                "max_running_requests": engine.slots, "max_queued_requests": max_queued,
+            }
+        )  # fmt: skip
 
     async def generate(request: Request) -> Response:
-        body = await _json_object(request, body_limit)
-        asked = _asked(body, tokenizer)
+        asked = read_request(await read_body(request), tokenizer)
+        if asked.id in in_flight:
+            raise Refused(f"Duplicate request ID detected: {asked.id}")
+        if len(in_flight) >= engine.slots + max_queued:
+            raise Refused("The request queue is full.", 503)
         session = unquote(request.headers.get(SESSION_HEADER, ""))
 
         async def work() -> tuple[Scores, Completion]:
@@ -75,43 +107,86 @@ def make_app(engine: Engine, tokenizer: Tokenizer, model_path: str, api_key: str
             if asked.sampling is None or asked.logprob_start < len(asked.ids):
                 scores = await engine.score(asked.ids)
             if asked.sampling is not None:
-                completion = await engine.generate(asked.ids, asked.sampling, session)
+                completion = await engine.generate(asked.ids, asked.sampling, session, asked.id)
             return scores, completion
 
+        in_flight.add(asked.id)
         try:
             done = await _unless_disconnected(request, work())
         except ValueError as error:
-            raise BadRequest(str(error)) from error
+            raise Refused(str(error)) from error
+        finally:
+            in_flight.remove(asked.id)
         if done is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        return _json(_answer(asked, *done, tokenizer))
+        return _json(_answer(asked, *done, tokenizer, version_name))
+
+    async def abort_request(request: Request) -> Response:
+        body = await read_body(request)
+        refuse_unknown("field", body, ("rid", "abort_all"), {})
+        rid, everything = body.get("rid"), body.get("abort_all", False)
+        if not isinstance(rid, str | None) or not isinstance(everything, bool):
+            raise Refused("needs rid, the id of a request, or abort_all, true")
+        if everything or rid:
+            await engine.abort(None if everything else rid)
+        return Response()
+
+    async def pause_generation(request: Request) -> Response:
+        body = await read_body(request)
+        refuse_unknown("field", body, ("mode",), {})
+        mode = body.get("mode", "abort")
+        if mode not in get_args(PauseMode):
+            raise Refused(f"mode must be one of {', '.join(get_args(PauseMode))}, got {mode!r:.50}")
+        await engine.pause(mode)
+        return _json({"message": "Generation paused successfully.", "status": "ok"})
+
+    async def continue_generation(request: Request) -> Response:
+        refuse_unknown("field", await read_body(request), ("torch_empty_cache",), {})
+        await engine.resume()
+        return _json({"message": "Generation continued successfully.", "status": "ok"})
+
+    async def flush_cache(request: Request) -> Response:
+        flushed = await engine.flush_cache()
+        return Response("Cache flushed.\n" if flushed else "Flush cache failed.\n", 200 if flushed else 400)
 
     async def update_weights(request: Request) -> Response:
-        body = await _json_object(request, body_limit)
-        folder, version = body.get("model_path"), str(body.get("weight_version", ""))
-        if not isinstance(folder, str) or not version.isdecimal():
-            raise BadRequest("needs model_path, a folder, and weight_version, a number")
+        body = await read_body(request)
+        lacking = dict.fromkeys(("abort_all_requests", "is_async", "keep_pause", "recapture_cuda_graph"), (False,))
+        known = ("model_path", "weight_version", "flush_cache", "torch_empty_cache", "token_step")
+        refuse_unknown("field", body, known, lacking | {"load_format": ("auto",), "manifest": ({},)})
+        folder, number = body.get("model_path"), str(body.get("weight_version", ""))
+        if not isinstance(folder, str) or not number.isdecimal() or len(number) > VERSION_DIGITS:
+            raise Refused(
+                f"needs model_path, a folder, and weight_version, a number of at most {VERSION_DIGITS} digits"
+            )
         try:
-            _check_same_model(read_config(folder), engine.config, folder)
-            await engine.update_weights(int(version), nnx.state(await asyncio.to_thread(weights.load, folder)))
+            async with updating:
+                _check_same_model(read_config(folder), engine.config, folder)
+                await engine.update_weights(int(number), nnx.state(await asyncio.to_thread(weights.load, folder)))
         except (ValueError, OSError) as error:
-            return _json({"success": False, "message": str(error)}, 400)
+            return _json({"success": False, "message": str(error), "num_paused_requests": 0}, 400)
         served["model_path"] = folder
-        return _json({"success": True, "message": f"serving {folder} as version {version}"})
+        version_names.pop(int(number), None)
+        message = f"serving {folder} as version {number}"
+        return _json({"success": True, "message": message, "num_paused_requests": 0})
 
     guard = _authorised(api_key)
+    post = lambda path, handler: Route(path, guard(handler), methods=["POST"])
     return Starlette(
         routes=[
             Route("/health", health),
-            Route("/get_model_info", guard(model_info)),
-            Route("/generate", guard(generate), methods=["POST"]),
-            Route("/update_weights_from_disk", guard(update_weights), methods=["POST"]),
+            Route("/health_generate", health_generate),
+            *(Route(path, guard(model_info)) for path in ("/model_info", "/get_model_info")),
+            *(Route(path, guard(server_info)) for path in ("/server_info", "/get_server_info")),
+            post("/generate", generate),
+            post("/abort_request", abort_request),
+            post("/pause_generation", pause_generation),
+            post("/continue_generation", continue_generation),
+            Route("/flush_cache", guard(flush_cache), methods=["GET", "POST"]),
+            post("/update_weights_from_disk", update_weights),
         ],
-        exception_handlers={BadRequest: _bad_request},
+        exception_handlers={Refused: _refused, EngineStopped: _stopped, ClientDisconnect: _disconnected},
     )
-
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 def _authorised(api_key: str | None) -> Callable[[Handler], Handler]:
@@ -119,9 +194,9 @@ def _authorised(api_key: str | None) -> Callable[[Handler], Handler]:
 
     def wrap(handler: Handler) -> Handler:
         async def handle(request: Request) -> Response:
-            given = request.headers.get("Authorization", "")
-            if api_key and not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
-                raise BadRequest("wrong or missing API key; send the header `Authorization: Bearer <key>`", 401)
+            given = request.headers.get("Authorization", "").encode("latin-1")  # as headers are decoded
+            if api_key and not hmac.compare_digest(given, f"Bearer {api_key}".encode()):
+                raise Refused("wrong or missing API key; send the header `Authorization: Bearer <key>`", 401)
             return await handler(request)
 
         return handle
@@ -129,9 +204,20 @@ def _authorised(api_key: str | None) -> Callable[[Handler], Handler]:
     return wrap
 
 
-async def _bad_request(request: Request, error: Exception) -> Response:
-    assert isinstance(error, BadRequest)
-    return _json({"error": {"message": str(error)}}, error.status)
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    answer = _json({"error": {"message": str(error)}}, error.status)
+    if error.status == 408:
+        answer.headers["Connection"] = "close"  # wait for the rest of the body no longer
+    return answer
+
+
+async def _stopped(request: Request, error: Exception) -> Response:
+    return _json({"error": {"message": f"{error}; start the server again"}}, 503)
+
+
+async def _disconnected(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:
@@ -140,19 +226,23 @@ def _json(content: dict[str, Any], status: int = 200) -> Response:
 
 
 async def _json_object(request: Request, limit: int) -> dict[str, Any]:
-    """The request's body; BadRequest if it is longer than `limit` bytes or no JSON object."""
+    """The request's body; Refused if it is longer than `limit` bytes or no JSON object."""
     raw = bytearray()
     async for part in request.stream():
         raw += part
         if len(raw) > limit:
-            raise BadRequest(f"the body is larger than {limit} bytes", 413)
+            raise Refused(f"the body is larger than {limit} bytes", 413)
     try:
-        body = json.loads(raw)
+        body = json.loads(raw.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON ({error})") from error
+        raise Refused(f"the body is not JSON ({error})") from error
     if not isinstance(body, dict):
-        raise BadRequest("the body must be a JSON object")
+        raise Refused("the body must be a JSON object")
     return body
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _check_same_model(given: ModelConfig, served: ModelConfig, folder: str) -> None:
@@ -161,88 +251,6 @@ def _check_same_model(given: ModelConfig, served: ModelConfig, folder: str) -> N
     for name, value in dataclasses.asdict(given).items():
         if value != expected[name]:
             raise ValueError(f"{folder}: {name} is {value}, the served model's {expected[name]}; start a server for it")
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A checked request.  sampling: None to score only.  logprob_start: the first input token with a
-    log-probability, the number of them for none."""
-
-    ids: tuple[int, ...]
-    parameters: dict[str, Any]
-    sampling: Sampling | None
-    with_logprobs: bool
-    logprob_start: int
-
-
-def _asked(body: dict[str, Any], tokenizer: Tokenizer) -> _Asked:
-    _refuse_unknown("field", body, FIELDS)
-    parameters = _sampling_parameters(body)
-    ids = _input_ids(body, tokenizer)
-    with_logprobs = bool(body.get("return_logprob"))
-    start = body.get("logprob_start_len")
-    start = -1 if start is None else start
-    if type(start) is not int or not -1 <= start <= len(ids):
-        raise BadRequest(f"logprob_start_len must be -1 (none) or 0 to {len(ids)} tokens, got {start!r:.50}")
-    try:
-        sampling = _sampling(parameters) if parameters["max_new_tokens"] else None
-    except ValueError as error:
-        raise BadRequest(str(error)) from error
-    return _Asked(ids, parameters, sampling, with_logprobs, start if with_logprobs and start >= 0 else len(ids))
-
-
-def _refuse_unknown(what: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        raise BadRequest(f"unknown {what} {unknown[0]!r}; there are {', '.join(known)}")
-
-
-def _input_ids(body: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
-    ids, text = body.get("input_ids"), body.get("text")
-    if (ids is None) == (text is None):
-        raise BadRequest("needs either input_ids, a list of token ids, or text")
-    if text is not None:
-        if not isinstance(text, str):
-            raise BadRequest("text must be one string")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise BadRequest("text holds half of a surrogate pair")
-        return tokenizer.encode_start(text)
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise BadRequest("input_ids must be one list of integers")
-    return tuple(ids)
-
-
-def _sampling_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    """Checked for their types, the defaults filled in."""
-    given = body.get("sampling_params")
-    given = {} if given is None else given
-    if not isinstance(given, dict):
-        raise BadRequest("sampling_params must be an object")
-    _refuse_unknown("sampling parameter", given, tuple(SAMPLING_DEFAULTS))
-    parameters = SAMPLING_DEFAULTS | given
-    for name, value in parameters.items():
-        default = SAMPLING_DEFAULTS[name]
-        if name == "stop":
-            texts = [value] if isinstance(value, str) else [] if value is None else value
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise BadRequest("stop must be a string or a list of strings")
-            if sum(map(len, texts)) > STOP_CHARACTERS:
-                raise BadRequest(f"stop strings may have {STOP_CHARACTERS} characters in all")
-            parameters["stop"] = texts
-        elif type(value) not in ((int, float) if type(default) is float else (type(default),)):
-            raise BadRequest(f"{name} must be of type {type(default).__name__}, got {value!r:.50}")
-        elif type(default) is float and abs(value) > MAX_FLOAT:
-            raise BadRequest(f"{name} is too large")
-    if parameters["top_k"] != -1:
-        raise BadRequest(f"top_k must be -1 (off), got {parameters['top_k']}")
-    return parameters
-
-
-def _sampling(parameters: dict[str, Any]) -> Sampling:
-    return Sampling(
-        temperature=parameters["temperature"], top_p=parameters["top_p"], stop=tuple(parameters["stop"]),
-        max_new_tokens=parameters["max_new_tokens"], seed=parameters["sampling_seed"],
-    )  # fmt: skip
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T | None:
@@ -261,15 +269,21 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T | None
             task.cancel()
 
 
-def _answer(asked: _Asked, scores: Scores, completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
-    """SGLang's answer to `/generate`."""
+def _answer(
+    asked: GenerateRequest, scores: Scores, completion: Completion, tokenizer: Tokenizer,
+    version_name: Callable[[int], str],
+) -> dict[str, Any]:  # fmt: skip
+    """SGLang's answer to `/generate`; Refused, as 500, if a log-probability is not finite."""
     ids, versions, parameters = completion.token_ids, completion.weight_versions, asked.parameters
     text = tokenizer.decode(ids)
-    ends = {stop: text.find(stop) + len(stop) for stop in parameters["stop"] if stop in text}
+    stops = parameters["stop"] if completion.finish == "stop" else ()
+    ends = {stop: text.find(stop) + len(stop) for stop in stops if stop in text}
     finish: dict[str, Any] = {"type": completion.finish}
     if completion.finish == "length":
         finish["length"] = len(ids)
-    elif completion.finish == "stop":
+    elif completion.finish == "abort":
+        finish["message"] = "Aborted"
+    else:
         finish["matched"] = min(ends, key=ends.__getitem__) if ends else ids[-1]
     if parameters["skip_special_tokens"]:
         text = tokenizer.decode([i for i in ids if tokenizer.decode([i]) not in tokenizer.special_tokens])
@@ -277,14 +291,18 @@ def _answer(asked: _Asked, scores: Scores, completion: Completion, tokenizer: To
         text = text[: text.index(finish["matched"])]
     changes = [i for i, version in enumerate(versions) if i == 0 or versions[i - 1] != version]
     meta = {
-        "id": uuid.uuid4().hex, "finish_reason": finish, "prompt_tokens": len(asked.ids),
-        "completion_tokens": len(ids), "weight_version": str((scores.weight_version, *versions)[-1]),
+        "id": asked.id, "finish_reason": finish, "prompt_tokens": len(asked.ids),
+        "completion_tokens": len(ids), "cached_tokens": completion.cached_tokens,
+        "weight_version": version_name((scores.weight_version, *versions)[-1]),
         "weight_versions": [
-            {"version": str(versions[start]), "start": start, "end": end}
+            {"version": version_name(versions[start]), "start": start, "end": end}
             for start, end in zip(changes, [*changes, len(ids)][1:], strict=True)
         ],
     }  # fmt: skip
     if asked.with_logprobs:
+        if not all(map(math.isfinite, (*scores.logprobs, *completion.logprobs))):
+            weights_served = meta["weight_version"]
+            raise Refused(f"the weights of version {weights_served} give log-probabilities that are not finite", 500)
         start = asked.logprob_start
         rows = zip((None, *scores.logprobs[start:]), asked.ids[start:], strict=start < len(asked.ids))
         meta["input_token_logprobs"] = [[x, i, None] for x, i in rows]
