@@ -30,7 +30,8 @@ end_as() {
   if [ -n "$dry_run" ]; then as_line "$@"; else exec "$@"; fi
 }
 
-# A flag that is not the launcher's own: one of those that all launchers have, or the trainer's.
+# A flag that is not the launcher's own: one of those that all launchers of the trainer have, or the trainer's.
+# shellcheck disable=SC2034  # the launchers of servers have no run
 common_flag() {
   case "$1" in
     --help | -h)

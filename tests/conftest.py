@@ -1,8 +1,9 @@
-"""What the tests share: the tiny world's real tokenizer, one finished run, and hypothesis without time limits."""
+"""What the tests share: the tiny world's real tokenizer, one finished run, servers, and hypothesis without limits."""
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -12,7 +13,7 @@ import pytest
 from etagent_jax.tokenizer import Tokenizer
 from etagent_jax.world import World
 from etagent_jax.world.vocabulary import make_tokenizer
-from tests import runs
+from tests import runs, servers
 
 COMPILED = pytest.StashKey[str]()
 
@@ -44,3 +45,23 @@ def finished_run(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     runs.finish(runs.start(runs.command("train", "phase2", run)))
     return run
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> list[Path]:
+    """Three folders of one shape and tokenizer, with other weights: `tests.servers.params(i)`."""
+    folder = tmp_path_factory.mktemp("models")
+    return [servers.save_model(folder / f"model{seed}", seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="session")
+def real_server(models, tmp_path_factory) -> Iterator[servers.Server]:
+    """SGLang itself, on the CPU.  Its tests are slow; the first one installs it where it is not there yet."""
+    with servers.sglang(models, tmp_path_factory.mktemp("sglang")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def embedded_server(models, tmp_path_factory) -> Iterator[servers.Server]:
+    with servers.embedded(models, tmp_path_factory.mktemp("embedded")) as server:
+        yield server

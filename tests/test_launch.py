@@ -74,7 +74,7 @@ def test_shell_scripts_are_clean():
     shellcheck = shutil.which("shellcheck", path=places)
     assert shellcheck is not None, "shellcheck is not installed: pip install -r requirements-test.txt"
     files = [*LAUNCH.iterdir(), *(ROOT / ".ci").iterdir()]
-    scripts = [str(file.relative_to(ROOT)) for file in files if file.read_text().startswith("#!")]
+    scripts = [str(file.relative_to(ROOT)) for file in files if file.is_file() and file.read_text().startswith("#!")]
     flags = ["--external-sources", "--check-sourced", "--source-path=SCRIPTDIR"]
     done = subprocess.run([shellcheck, *flags, *scripts], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout
