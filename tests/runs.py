@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from etagent_jax.model import shards
+
 ROOT = Path(__file__).parent.parent
 STAGES = ("base", "flywheel", "sft", "phase1", "phase2")
 SMALL = [
@@ -67,7 +69,8 @@ def copy_before(stage: str, finished: Path, to: Path) -> Path:
 
 def assert_same_weights(run: Path, other: Path, stage: str, tolerance: float) -> None:
     """The largest difference of any weight of the two stages' models is within `tolerance`."""
-    one, two = (load_file(r / stage / "model" / "model.safetensors") for r in (run, other))
+    files = (shards.files(r / stage / "model") for r in (run, other))  # several processes write several
+    one, two = ({name: x for file in own for name, x in load_file(file).items()} for own in files)
     assert one.keys() == two.keys()
     for name, weight in one.items():
         np.testing.assert_allclose(weight, two[name], rtol=0, atol=tolerance, err_msg=name)

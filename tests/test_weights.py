@@ -1,6 +1,7 @@
 """Hugging Face folders in and out: shapes, shards, devices, and what is said about broken ones."""
 
 import dataclasses
+import itertools
 import json
 import math
 import socket
@@ -107,15 +108,56 @@ def test_a_folder_written_again_holds_nothing_of_the_one_before(tmp_path):
     assert_same_bits(weights.load_params(tmp_path, QWEN3), params)
 
 
-def test_a_folder_whose_writing_is_broken_off_does_not_look_whole(tmp_path):
-    def tensors():
-        yield from (np.zeros(shape, np.float32) for shape in list(weights.folder_shapes(QWEN3).values())[:5])
-        raise KeyboardInterrupt
+def break_off_writing(folder: Path) -> None:
+    """Other parameters than `random_folder`'s, written up to the last one."""
+    flat = flatten_dict(random_params(QWEN3, seed=1))
+
+    def read(name: weights.Name) -> jax.Array:
+        if name == ("norm", "scale"):
+            raise KeyboardInterrupt
+        return flat[name]
 
     with pytest.raises(KeyboardInterrupt):
-        shards.write(tmp_path, weights.folder_shapes(QWEN3), np.dtype(np.float32), tensors(), SHARD_BYTES)
+        weights.save_tensors(read, QWEN3, folder, max_shard_bytes=SHARD_BYTES)
+    assert list(folder.glob(".model-*.unfinished"))
+
+
+def test_a_folder_whose_writing_is_broken_off_does_not_look_whole(tmp_path):
+    break_off_writing(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds neither"):
         shards.files(tmp_path)
+
+
+def test_writing_that_is_broken_off_leaves_what_was_there(tmp_path):
+    params = random_folder(QWEN3, tmp_path, max_shard_bytes=SHARD_BYTES)
+    break_off_writing(tmp_path)
+    assert_same_bits(weights.load_params(tmp_path, QWEN3), params)
+
+
+def test_no_more_than_a_few_tensors_are_held_while_they_are_written(tmp_path):
+    config = dataclasses.replace(QWEN2, num_layers=16, hidden_size=128, num_heads=8)
+    params = random_params(config)
+    held = lambda: sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays()}.values())
+    before, seen = held(), []
+    weights.save_tensors(flatten_dict(params).__getitem__, config, tmp_path, advance=lambda _: seen.append(held()))
+    sizes = [4 * math.prod(shape) for shape in weights.folder_shapes(config).values()]
+    assert len(seen) == len(sizes)
+    assert max(seen) - before <= (weights.AHEAD + 2) * max(sizes) < sum(sizes) / 8
+
+
+def test_tensors_are_shared_out_evenly_and_in_turn():
+    """Of processes that gather all tensors together, each has some of its own to write all the time."""
+    sizes = {key: 4 * math.prod(shape) for key, shape in weights.folder_shapes(QWEN2).items()}
+    shares = shards.share_out(sizes, 4, SHARD_BYTES)
+    written = [[key for keys in share.values() for key in keys] for share in shares]
+    assert sorted(itertools.chain(*written)) == sorted(sizes)
+    totals = [sum(map(sizes.__getitem__, keys)) for keys in written]
+    assert max(totals) - min(totals) <= max(sizes.values())
+    names = [name for share in shares for name in share]
+    assert names == [f"model-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)]
+    order = list(sizes)
+    assert all(order.index(keys[-1]) > len(order) // 2 > order.index(keys[0]) for keys in written)
+    assert shards.share_out({"a": 4}, 3, SHARD_BYTES) == [{"model.safetensors": ["a"]}, {}, {}]
 
 
 def test_the_digest_changes_with_any_tensor(tmp_path):
@@ -151,7 +193,7 @@ def shardings(params: weights.Params, mesh: jax.sharding.Mesh) -> weights.Params
 SHARDED = """
 import pathlib, sys, jax
 from jax.sharding import AxisType
-from etagent_jax.model import weights
+from etagent_jax.model import shards, weights
 from tests.families import QWEN2
 from tests.test_weights import bits, shardings
 
@@ -169,7 +211,7 @@ whole = weights.load_params(source, QWEN2)
 for x, y in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
     assert all(bits(shard.data) == bits(y[shard.index]) for shard in x.addressable_shards)
 weights.save(split, QWEN2, pathlib.Path(target), eos_ids=(1,), pad_id=0)
-assert (pathlib.Path(target) / "model.safetensors").is_file()
+assert len(shards.files(target)) == int(count)
 """
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,46 +96,66 @@ def digest(folder: str | Path) -> str:
     return total.hexdigest()[:16]
 
 
+def share_out(sizes: Mapping[str, int], processes: int, max_shard_bytes: int) -> list[dict[str, list[str]]]:
+    """The files that each process writes, by name, with the keys of their tensors in the order of `sizes` (bytes).
+
+    The next tensor goes to the process that has least so far, so that all write at the same time.  A process
+    has files of at most max_shard_bytes (more for a larger tensor); one file in all is model.safetensors.
+    """
+    shares: list[dict[str, int]] = [{} for _ in range(processes)]
+    totals = [0] * processes
+    for key, size in sizes.items():
+        process = totals.index(min(totals))
+        shares[process][key] = size
+        totals[process] += size
+    groups = [_groups(share, max_shard_bytes) for share in shares]
+    count = sum(map(len, groups))
+    names = iter([WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)])
+    return [{next(names): keys for keys in own} for own in groups]
+
+
 def write(
     folder: Path,
+    files: Mapping[str, Sequence[str]],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
     tensors: Iterable[np.ndarray],
-    max_shard_bytes: int,
+    durable: bool,
 ) -> None:
-    """Write `tensors`, which come in the order of `shapes` and are of `dtype`, holding one at a time.
+    """Write `files`, each with the tensors of these keys, under names of unfinished files.
 
-    One file, or several of at most max_shard_bytes (more for a larger tensor) with an index.  What was
-    there before is replaced at the end: a kill leaves unfinished files under names of their own, and
-    model.safetensors or the index only with all that belongs to it.
+    `tensors` come in the order of the keys and are of `dtype`; one is held at a time.  durable: wait until they
+    would survive a loss of power.
     """
-    groups = _groups({key: math.prod(shape) * dtype.itemsize for key, shape in shapes.items()}, max_shard_bytes)
-    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    if len(groups) == 1:
-        names = [WEIGHTS]
-    for stale in folder.glob(_unfinished(folder, "*").name):
-        stale.unlink()
     coming = iter(tensors)
-    for name, keys in zip(names, groups, strict=True):
-        _write_file(_unfinished(folder, name), {key: shapes[key] for key in keys}, dtype, coming)
+    for name, keys in files.items():
+        _write_file(_unfinished(folder, name), {key: shapes[key] for key in keys}, dtype, coming, durable)
+
+
+def finish(folder: Path, files: Mapping[str, Sequence[str]], total_bytes: int) -> None:
+    """Put the unfinished `files`, of all processes, in the place of what was in `folder` before.
+
+    A kill leaves model.safetensors or the index only with all that belongs to it.
+    """
     for stale in (folder / INDEX, *folder.glob("model*.safetensors")):
         stale.unlink(missing_ok=True)
-    for name in names:
+    for name in files:
         os.replace(_unfinished(folder, name), folder / name)
-    if len(groups) > 1:
-        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-        weight_map = {key: name for name, keys in zip(names, groups, strict=True) for key in keys}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    for stale in folder.glob(_unfinished(folder, "*").name):
+        stale.unlink()
+    if len(files) > 1:
+        weight_map = {key: name for name, keys in files.items() for key in keys}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         _unfinished(folder, INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
         os.replace(_unfinished(folder, INDEX), folder / INDEX)
 
 
 def _groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Keys in their order, in groups whose sizes sum to at most `limit`, or that have one member."""
-    groups: list[list[str]] = [[]]
+    groups: list[list[str]] = []
     total = 0
     for key, size in sizes.items():
-        if groups[-1] and total + size > limit:
+        if not groups or total + size > limit:
             groups.append([])
             total = 0
         groups[-1].append(key)
@@ -148,7 +168,7 @@ def _unfinished(folder: Path, name: str) -> Path:
 
 
 def _write_file(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, coming: Iterable[np.ndarray]
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, coming: Iterable[np.ndarray], durable: bool
 ) -> None:
     """One safetensors file: the length of the header, the header as JSON, the tensors' bytes (its README, Format)."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -165,4 +185,5 @@ def _write_file(
                 raise ValueError(f"{key} is {tensor.dtype}{tensor.shape}, not {dtype}{shape}")
             file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())

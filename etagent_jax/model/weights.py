@@ -1,12 +1,12 @@
-"""Parameters between a Hugging Face folder and the devices they live on, one tensor at a time."""
+"""Parameters between a Hugging Face folder and the devices they live on, tensor by tensor."""
 
-import itertools
+import functools
 import json
+import math
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from etagent_jax.model import shards
 from etagent_jax.model.folder import hugging_face_config, read_config
@@ -29,6 +31,9 @@ Name = tuple[str, ...]
 """The path of a parameter in such dicts."""
 
 MAX_SHARD_BYTES = 5 * 10**9
+
+AHEAD = 2
+"""So many tensors are gathered while one is written."""
 
 # A kernel is the transposed `weight` of a Hugging Face module, a scale its `weight`.
 LAYER_MODULES = {
@@ -95,8 +100,8 @@ def load_params(
 ) -> Params:
     """The parameters in `folder`, of config.param_dtype, placed as `shardings` says (default: on one device).
 
-    Every process reads the slices that its own devices hold, a layer at a time; on the host there is never
-    more than one of them.  `advance` is told the bytes read.
+    Every process reads the slices that its own devices hold, a layer at a time; on the host there are never
+    more than two of them.  `advance` is told the bytes read.
     ValueError names the file and tensor if one is missing, unknown, or of another shape.
     """
     stored = check(folder, config)
@@ -134,20 +139,23 @@ def save(
     pad_id: int,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    durable: bool = True,
 ) -> None:
-    """Write config.json and the tensors, of config.dtype, as transformers and SGLang read them.
+    """Write config.json and the tensors, cast to config.dtype, as transformers and SGLang read them.
 
-    To be called by all processes; one tensor after the other is gathered, and process 0 writes it.
+    To be called by all processes, with a folder that they share.  Each writes some of the tensors; what was there
+    before is replaced when all are done.  durable: wait until the folder would survive a loss of power; a kill
+    of the processes it survives in any case.
     """
     flat, folder = flatten_dict(params), Path(folder)
     for name in flat:
         folder_keys(name, config.num_layers)
+    folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / ".config.json.unfinished"
         unfinished.write_text(json.dumps(hugging_face_config(config, eos_ids, pad_id), indent=2))
         os.replace(unfinished, folder / "config.json")
-    save_tensors(flat.__getitem__, config, folder, max_shard_bytes=max_shard_bytes)
+    save_tensors(flat.__getitem__, config, folder, max_shard_bytes=max_shard_bytes, durable=durable)
 
 
 def save_tensors(
@@ -156,26 +164,65 @@ def save_tensors(
     folder: Path,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    durable: bool = True,
     advance: Callable[[int], Any] = lambda _: None,
 ) -> None:
-    """Write the tensors alone; `read` gives the parameters, in turn.  `advance` is told the bytes written."""
-
-    def tensors_of(name: Name, param: jax.Array) -> Iterator[np.ndarray]:
-        for layer, _ in enumerate(folder_keys(name, config.num_layers)):
-            tensor = _take(param, layer, stacked=_stacked(name), transposed=_transposed(name), dtype=config.dtype)
-            if not tensor.is_fully_addressable:
-                tensor = multihost_utils.process_allgather(tensor, tiled=True)
-            yield np.asarray(tensor)
-            advance(tensor.nbytes)
-
-    names = flatten_dict(abstract_params(config))
-    tensors = itertools.chain.from_iterable(tensors_of(name, read(name)) for name in names)  # one parameter at a time
+    """Write the tensors alone; `read` gives the parameters, in turn.  `advance` is told the bytes dealt with."""
+    shapes, dtype = folder_shapes(config), jnp.dtype(config.dtype)
+    sizes = {key: math.prod(shape) * dtype.itemsize for key, shape in shapes.items()}
+    shares = shards.share_out(sizes, jax.process_count(), max_shard_bytes)
+    mine = shares[jax.process_index()]
+    tensors = host_tensors(read, config, {key for keys in mine.values() for key in keys}, advance)
+    shards.write(folder, mine, shapes, dtype, tensors, durable)
+    deque(tensors, maxlen=0)  # the others need this process for theirs
+    _wait_for_all("tensors written")
     if jax.process_index() == 0:
-        shards.write(folder, folder_shapes(config), jnp.dtype(config.dtype), tensors, max_shard_bytes)
-    else:
-        deque(tensors, maxlen=0)
+        files = {name: keys for share in shares for name, keys in share.items()}
+        shards.finish(folder, files, sum(sizes.values()))
+    _wait_for_all("model folder written")
+
+
+def host_tensors(
+    read: Callable[[Name], jax.Array],
+    config: ModelConfig,
+    wanted: Container[str],
+    advance: Callable[[int], Any] = lambda _: None,
+) -> Iterator[np.ndarray]:
+    """The tensors of a folder whose keys this process wants, in the folder's order, of config.dtype.
+
+    All processes go through all tensors together.  While one is in use, the next AHEAD are on their way.
+    """
+
+    def on_their_way() -> Iterator[tuple[bool, jax.Array]]:
+        for name in flatten_dict(abstract_params(config)):
+            param = read(name)
+            for layer, key in enumerate(folder_keys(name, config.num_layers)):
+                tensor = _take(param, layer, stacked=_stacked(name), transposed=_transposed(name), dtype=config.dtype)
+                if not param.is_fully_addressable:
+                    assert isinstance(param.sharding, NamedSharding)
+                    tensor = _replicate(param.sharding.mesh)(tensor)
+                if key in wanted:
+                    tensor.copy_to_host_async()
+                yield key in wanted, tensor
+
+    def in_turn() -> Iterator[tuple[bool, jax.Array]]:
+        waiting: deque[tuple[bool, jax.Array]] = deque()
+        for item in on_their_way():
+            waiting.append(item)
+            if len(waiting) > AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+    for here, tensor in in_turn():
+        tensor.block_until_ready()  # or those that nobody wants here would queue up on the device
+        if here:
+            yield np.asarray(tensor)
+        advance(tensor.nbytes)
+
+
+def _wait_for_all(what: str) -> None:
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("model folder written")
+        multihost_utils.sync_global_devices(what)
 
 
 def _stacked(name: Name) -> bool:
@@ -215,31 +262,54 @@ def _read_part(
     devices: Sequence[jax.Device | None],
     advance: Callable[[int], Any],
 ) -> list[jax.Array]:
-    """What lies inside `bounds` of a parameter, (start, stop) for each axis, on each of `devices`."""
+    """What lies inside `bounds` of a parameter, (start, stop) for each axis, on each of `devices`.
+
+    One tensor is read while the one before is on its way to its place.
+    """
     inner = bounds[1:] if _stacked(name) else bounds
     index = tuple(slice(*b) for b in (inner[::-1] if _transposed(name) else inner))
     shape = tuple(stop - start for start, stop in bounds)
+    place = functools.partial(_place, transposed=_transposed(name), dtype=leaf.dtype)
+    if not _stacked(name):
+        piece = tensors[0].read(index)
+        advance(piece.nbytes)
+        return [place(jax.device_put(piece, device)) for device in devices]
     parts = [jnp.zeros(shape, leaf.dtype, device=device) for device in devices]
-    for row, tensor in enumerate(tensors[slice(*bounds[0])] if _stacked(name) else tensors):
+    for row, tensor in enumerate(tensors[slice(*bounds[0])]):
         piece = tensor.read(index)
         advance(piece.nbytes)
+        jax.block_until_ready(parts)  # or pieces would queue up on the host
         parts = [
-            _insert(part, jax.device_put(piece, device), row, stacked=_stacked(name), transposed=_transposed(name))
+            _insert(part, place(jax.device_put(piece, device)), row)
             for part, device in zip(parts, devices, strict=True)
         ]
-        jax.block_until_ready(parts)  # or pieces would queue up on the host
     return parts
 
 
-@partial(jax.jit, static_argnames=("stacked", "transposed"), donate_argnums=0)
-def _insert(part: jax.Array, piece: jax.Array, row: int, *, stacked: bool, transposed: bool) -> jax.Array:
-    """`part` with a tensor of a folder in its place."""
-    piece = (piece.T if transposed else piece).astype(part.dtype)
-    return jax.lax.dynamic_update_index_in_dim(part, piece, row, axis=0) if stacked else piece
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+def _place(piece: jax.Array, *, transposed: bool, dtype: np.dtype) -> jax.Array:
+    """The (layer of a) parameter that is a tensor of a folder."""
+    return (piece.T if transposed else piece).astype(dtype)
 
 
-@partial(jax.jit, static_argnames=("stacked", "transposed", "dtype"))
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(part: jax.Array, layer: jax.Array, row: int) -> jax.Array:
+    """`part` [L, …] with a layer in its place.
+
+    The bits are moved as integers: XLA on a CPU makes a detour through float32 for the whole of a bfloat16 array.
+    """
+    bits = jnp.dtype(f"uint{8 * part.dtype.itemsize}")
+    moved = jax.lax.dynamic_update_index_in_dim(part.view(bits), layer.view(bits), row, axis=0)
+    return moved.view(part.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("stacked", "transposed", "dtype"))
 def _take(param: jax.Array, layer: int, *, stacked: bool, transposed: bool, dtype: str) -> jax.Array:
     """The tensor of a folder that is (a layer of) a parameter."""
     piece = jax.lax.dynamic_index_in_dim(param, layer, keepdims=False) if stacked else param
     return (piece.T if transposed else piece).astype(dtype)
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
