@@ -121,7 +121,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """How the flywheel made a trajectory: from which parent, by which operator, at which of its steps."""
+    """How a trajectory was made out of another: from which parent, by which operator, at which of its steps."""
 
     parent: str
     operator: str
@@ -200,6 +200,17 @@ class Trajectory:
     @cached_property
     def answer(self) -> str | None:
         return protocol.extract_answer(self.turns) if self.finish == "answer" else None
+
+    @property
+    def has_void_turn(self) -> bool:
+        """Whether a turn holds neither a call nor an answer (SimpleTIR, arXiv 2509.02479).
+
+        That can only be the last one, for each of the others ended in the call whose result follows it.
+        Where nothing was written after the last result, there is no such turn.
+        """
+        written = any(segment.source in ("model", "reviser") for segment in self.steps[-1])
+        called = self.segments[-1].source == "tool" or protocol.ending_call(self.turns[-1], self.tools) is not None
+        return written and not called and self.answer is None
 
     @cached_property
     def format_error(self) -> str | None:

@@ -1,86 +1,17 @@
-"""The agent loop and the collector, driven by a scripted policy over the real tokenizer.
-
-`ScriptedPolicy` stands in for an engine; real engines meet the same interface in their own tests.
-"""
+"""The agent loop, driven by a scripted policy over the real tokenizer."""
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from etagent_jax import protocol
-from etagent_jax.policy.interface import Completion, Sampling
+from etagent_jax.policy.interface import Completion
 from etagent_jax.rollout.agent import NO_CALLS_LEFT, Agent, Budget
-from etagent_jax.rollout.collector import collect, collect_all, trajectory_seed
-from etagent_jax.tokenizer import Tokenizer
 from etagent_jax.tools.python import PythonTool
-from etagent_jax.trajectory import Origin, Question, Segment, ToolResult, Trajectory
-
-SEARCH = "<think>I search</think><search>the capital</search>"
-PYTHON = "<think>I compute</think><python>print(1)</python>"
-ANSWER = "<think>done</think><answer>\\boxed{Mira}</answer>"
-BUDGET = Budget(calls_per_tool=2, calls=3, context=400, seconds=60)
-QUESTION = Question("q1", "What is the capital?", ("Mira",), "qa", "one_hop")
-
-
-class ScriptedPolicy:
-    """Writes `script(session, k)` as completion k of a session, up to the first stop string.
-
-    It ends with the end-of-sequence token where the script holds no stop string.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, script: Callable[[str, int], str]):
-        self.tokenizer, self.script = tokenizer, script
-        self.served: list[tuple[tuple[int, ...], Sampling, str]] = []
-        self.counts: Counter[str] = Counter()
-
-    async def generate(self, token_ids: Sequence[int], sampling: Sampling, session: str = "") -> Completion:
-        self.served.append((tuple(token_ids), sampling, session))
-        text = self.script(session, self.counts[session])
-        self.counts[session] += 1
-        ids: list[int] = []
-        finish = "length"
-        for token in (*self.tokenizer.encode(text), *self.tokenizer.eos_ids):
-            if len(ids) == sampling.max_new_tokens:
-                break
-            ids.append(token)
-            written = self.tokenizer.decode(ids)
-            if token in self.tokenizer.eos_ids or any(stop in written for stop in sampling.stop):
-                finish = "stop"
-                break
-        return Completion(tuple(ids), (-0.5,) * len(ids), finish, (len(self.served),) * len(ids))
-
-
-class FixedTool:
-    """Answers every call alike, and counts those that run at the same time."""
-
-    description = "answers every call alike"
-
-    def __init__(self, name: str, output: str = "it is Mira", status: str = "ok", seconds: float = 0):
-        self.name, self.output, self.status, self.seconds = name, output, status, seconds
-        self.inputs: list[str] = []
-        self.running = self.most_running = 0
-
-    async def run(self, text: str) -> ToolResult:
-        self.inputs.append(text)
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        await asyncio.sleep(self.seconds)
-        self.running -= 1
-        return ToolResult(self.output, self.status)
-
-    async def close(self) -> None: ...
-
-
-def make_agent(tokenizer, *turns: str, budget: Budget = BUDGET, **tool) -> Agent:
-    """An agent whose every session writes `turns`, one each completion, the last one again and again."""
-    policy = ScriptedPolicy(tokenizer, lambda _, k: turns[min(k, len(turns) - 1)])
-    tools = {name: FixedTool(name, **tool) for name in ("search", "python")}
-    return Agent(policy, tokenizer, tools, "Answer with tools.", budget)
+from etagent_jax.trajectory import Origin, Segment, Trajectory
+from tests.scripted import ANSWER, BUDGET, PYTHON, QUESTION, SEARCH, FixedTool, ScriptedPolicy, make_agent
 
 
 async def run(agent: Agent, **options) -> Trajectory:
@@ -133,6 +64,84 @@ async def test_a_trajectory_from_question_to_answer(tokenizer):
 async def test_other_ends(tokenizer, turns, finish, error):
     trajectory = await run(make_agent(tokenizer, *turns))
     assert (trajectory.finish, trajectory.format_error) == (finish, error)
+
+
+@pytest.mark.parametrize(
+    ("turns", "finish", "void"),
+    [
+        ([SEARCH, ANSWER], "answer", False),
+        ([SEARCH, "<think>so</think>"], "stop", True),
+        ([SEARCH, ""], "stop", True),
+        (["<think>so</think></search>"], "malformed", True),
+        (["<think>so</think><answer>Mira</answer>"], "answer", True),
+        ([SEARCH, "<think>" + "so " * 500], "length", True),
+        ([SEARCH, SEARCH, SEARCH, SEARCH], "budget", False),
+    ],
+)
+async def test_a_turn_is_void_that_holds_neither_a_call_nor_a_boxed_answer(tokenizer, turns, finish, void):
+    trajectory = await run(make_agent(tokenizer, *turns))
+    assert (trajectory.finish, trajectory.has_void_turn) == (finish, void)
+
+
+async def test_no_turn_is_void_where_none_was_written(tokenizer):
+    prompt = tokenizer.prompt("Answer with tools.", QUESTION.text)
+    called = len(prompt) + len(tokenizer.encode(SEARCH))
+    for context in (called, called + len(tokenizer.encode(protocol.render_result("it is Mira")))):
+        trajectory = await run(make_agent(tokenizer, SEARCH, ANSWER, budget=Budget(2, 3, context, 60)))
+        assert (trajectory.finish, trajectory.has_void_turn) == ("length", False)
+    for turns in ([], [SEARCH]):
+        agent = make_agent(tokenizer, *turns, budget=Budget(2, 3, 400, 0.05))
+        agent.policy.generate = falls_silent(agent.policy.generate, len(turns))
+        trajectory = await run(agent)
+        assert (trajectory.finish, trajectory.has_void_turn) == ("timeout", False)
+        assert len(trajectory.calls) == len(turns)
+
+
+def falls_silent(generate, after: int):
+    """`generate` that never answers again after so many answers."""
+    answered = iter(range(after))
+
+    async def generate_or_wait(*arguments):
+        return await (asyncio.Event().wait() if next(answered, None) is None else generate(*arguments))
+
+    return generate_or_wait
+
+
+async def test_every_turn_is_told_before_its_call_is_made(tokenizer):
+    agent = make_agent(tokenizer, SEARCH, PYTHON, ANSWER)
+    told = []
+
+    def on_turn(segments):
+        told.append((tuple(segments), [len(tool.inputs) for tool in agent.tools.values()]))
+
+    trajectory = await run(agent, on_turn=on_turn)
+    assert told == [
+        (trajectory.segments[:1], [0, 0]), (trajectory.segments[:3], [1, 0]), (trajectory.segments, [1, 1]),
+    ]  # fmt: skip
+
+
+async def test_no_room_left_at_the_policy_ends_the_trajectory(tokenizer):
+    """A server whose context is smaller than the budget's answers without a token."""
+    agent = make_agent(tokenizer, SEARCH)
+    written = agent.policy.generate
+
+    async def generate(token_ids, sampling, session=""):
+        full = len(token_ids) > len(tokenizer.prompt("Answer with tools.", QUESTION.text))
+        return Completion((), (), "length", ()) if full else await written(token_ids, sampling, session)
+
+    agent.policy.generate = generate
+    trajectory = await run(agent)
+    assert trajectory.finish == "length"
+    assert trajectory.text == f"{SEARCH}<result>it is Mira</result>"
+
+
+async def test_another_budget_is_another_agents(tokenizer):
+    agent = make_agent(tokenizer, SEARCH, ANSWER)
+    without_calls = await run(agent.with_budget(Budget(2, 0, 400, 60)), id="without")
+    with_calls = await run(agent)
+    assert [call.result.status for call in without_calls.calls] == ["refused"]
+    assert [call.result.status for call in with_calls.calls] == ["ok"]
+    assert without_calls.prompt_ids == with_calls.prompt_ids
 
 
 async def test_end_of_sequence_is_kept_as_a_model_token(tokenizer):
@@ -328,120 +337,6 @@ def test_nothing_a_tool_says_can_steer_the_agent(tokenizer, output):
 def test_wrong_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-QUESTIONS = [Question(f"q{i}", f"What is {i}?", ("Mira",), "qa", "one_hop") for i in range(4)]
-OPTIONS = {"tag": "round", "seed": 3, "temperature": 1.0, "concurrency": 3}
-
-
-async def test_six_calls_run_side_by_side(tokenizer):
-    agent = make_agent(tokenizer, SEARCH, ANSWER, seconds=0.5)
-    await collect_all(agent, [QUESTION], 6, **OPTIONS | {"concurrency": 6}, on_trajectory=lambda _: None)
-    assert agent.tools["search"].most_running == 6
-
-
-@pytest.mark.parametrize("concurrency", [1, 3, 100])
-async def test_collect_all_orders_groups_and_trajectories(tokenizer, concurrency):
-    """Sample 0 of each question takes longest, so that finishing order is not the order asked for."""
-    policy = ScriptedPolicy(tokenizer, lambda session, k: SEARCH if session.endswith("/0") and k < 3 else ANSWER)
-    search = FixedTool("search")
-    agent = Agent(policy, tokenizer, {"search": search}, "Answer.", Budget(5, 5, 400, 60))
-    finished = []
-    groups = await collect_all(
-        agent, QUESTIONS, 3, **OPTIONS | {"concurrency": concurrency}, on_trajectory=finished.append
-    )
-    assert [group.question for group in groups] == QUESTIONS
-    assert [[t.id for t in group.trajectories] for group in groups] == [
-        [f"round/q{q}/{i}" for i in range(3)] for q in range(4)
-    ]
-    assert sorted(t.id for t in finished) == sorted(t.id for group in groups for t in group.trajectories)
-    assert all(t.seed == trajectory_seed(3, t.id) for t in finished)
-    assert len({t.seed for t in finished}) == 12
-    if concurrency > 1:
-        assert [t.id for t in finished] != sorted(t.id for t in finished)
-
-
-async def test_at_most_so_many_rollouts_at_once(tokenizer):
-    agent = make_agent(tokenizer, SEARCH, ANSWER, seconds=0.001)
-    await collect_all(agent, QUESTIONS, 5, **OPTIONS, on_trajectory=lambda _: None)
-    assert agent.tools["search"].most_running == 3
-
-
-async def test_a_group_is_yielded_as_soon_as_it_is_complete(tokenizer):
-    """The first question never finishes; the others' groups arrive all the same."""
-    agent = make_agent(tokenizer, SEARCH, ANSWER)
-    finishing = agent.rollout
-
-    async def rollout(question, **options):
-        if question.id == "q0":
-            await asyncio.Event().wait()
-        return await finishing(question, **options)
-
-    agent.rollout = rollout
-    groups = collect(agent, QUESTIONS, 2, **OPTIONS, on_trajectory=lambda _: None)
-    async with aclosing(groups):
-        ids = [(await anext(groups)).question.id for _ in range(3)]
-    assert sorted(ids) == ["q1", "q2", "q3"]
-    assert len(asyncio.all_tasks()) == 1, "leaving early cancels what is running"
-
-
-async def test_finished_trajectories_are_not_run_again(tokenizer):
-    agent = make_agent(tokenizer, ANSWER)
-    first: list[Trajectory] = []
-    expected = await collect_all(agent, QUESTIONS, 2, **OPTIONS, on_trajectory=first.append)
-    finished = {t.id: t for t in first if t.question.id in ("q1", "q2") or t.id == "round/q3/1"}
-    again: list[Trajectory] = []
-    groups = [group async for group in collect(agent, QUESTIONS, 2, **OPTIONS, finished=finished,
-                                               on_trajectory=again.append)]  # fmt: skip
-    assert sorted(t.id for t in again) == ["round/q0/0", "round/q0/1", "round/q3/0"]
-    assert {g.question.id for g in groups[:2]} == {"q1", "q2"}
-    by_id = {g.question.id: g for g in groups}
-    for group in expected:
-        for before, after in zip(group.trajectories, by_id[group.question.id].trajectories, strict=True):
-            assert (before.id, before.seed, before.token_ids) == (after.id, after.seed, after.token_ids)
-            assert (after is before) == (before.id in finished)
-
-
-async def test_an_error_cancels_the_rest_and_propagates(tokenizer):
-    def script(session: str, k: int) -> str:
-        if session == "round/q2/0":
-            raise RuntimeError("the server is gone")
-        return SEARCH if session == "round/q0/0" else ANSWER
-
-    search = FixedTool("search", seconds=1000)
-    agent = Agent(ScriptedPolicy(tokenizer, script), tokenizer, {"search": search}, "Answer.", BUDGET)
-    written: list[str] = []
-    with pytest.raises(RuntimeError, match="the server is gone"):
-        await collect_all(
-            agent, QUESTIONS, 2, **OPTIONS | {"concurrency": 2}, on_trajectory=lambda t: written.append(t.id)
-        )
-    assert written == ["round/q0/1", "round/q1/0", "round/q1/1"]
-    assert len(asyncio.all_tasks()) == 1
-
-
-async def test_an_error_of_the_writer_propagates(tokenizer):
-    def full(_):
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space left"):
-        await collect_all(make_agent(tokenizer, ANSWER), QUESTIONS, 2, **OPTIONS, on_trajectory=full)
-
-
-async def test_collect_refuses_what_it_cannot_do(tokenizer):
-    agent = make_agent(tokenizer, ANSWER)
-    for questions, samples, message in [
-        ([QUESTION, QUESTION], 2, "two questions have the same id"),
-        ([QUESTION], 0, "samples and concurrency must be positive"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            await collect_all(agent, questions, samples, **OPTIONS, on_trajectory=lambda _: None)
-    assert await collect_all(agent, [], 2, **OPTIONS, on_trajectory=lambda _: None) == []
-
-
-def test_seeds_are_the_same_everywhere():
-    assert [trajectory_seed(0, "round/q0/0"), trajectory_seed(0, "round/q0/1")] == [1454938819, 282208058]
-    assert all(0 <= trajectory_seed(seed, "t") < 2**31 for seed in range(1000))
-    assert len({trajectory_seed(seed, "t") for seed in range(1000)}) == 1000
 
 
 async def test_with_the_real_python_tool(tokenizer):

@@ -16,7 +16,7 @@ from etagent_jax.flywheel.operators import (
     step_hint,
     trajectory_hint,
 )
-from etagent_jax.rollout.collector import trajectory_seed
+from etagent_jax.rollout.groups import trajectory_seed
 from etagent_jax.trajectory import Question, Trajectory
 
 ENHANCE = (re_rollout, redundancy_modification, global_refinement)

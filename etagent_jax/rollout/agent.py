@@ -1,12 +1,14 @@
 """One rollout: an agent writes, calls tools, reads their results, and answers, within a budget."""
 
 import asyncio
+import copy
 import dataclasses
 import functools
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from etagent_jax import protocol
 from etagent_jax.policy.interface import Policy, Sampling
@@ -53,14 +55,22 @@ class Agent:
         self._stops = protocol.stop_strings(tools)
         self._prompt = functools.lru_cache(maxsize=1024)(functools.partial(tokenizer.prompt, system_prompt))
 
+    def with_budget(self, budget: Budget) -> Self:
+        """The same agent within another budget."""
+        other = copy.copy(self)
+        other.budget = budget
+        return other
+
     async def rollout(
         self, question: Question, *, id: str, seed: int, temperature: float, top_p: float = 1.0,
         prefix: Sequence[Segment] = (), origin: Origin | None = None,
+        on_turn: Callable[[Sequence[Segment]], None] = lambda _: None,
     ) -> Trajectory:  # fmt: skip
         """Sample one trajectory, which starts with the segments of `prefix`, token for token.
 
         A prefix whose text ends in a call has that call made first; its calls count against the
-        budget.  How it can finish:
+        budget.  `on_turn` is called after each completion that holds a token, before its call is made,
+        with all segments so far, of which it is the last.  How the trajectory can finish:
 
         - `answer`: the model closed an `<answer>`;
         - `stop`: it ended its turn without one;
@@ -87,7 +97,7 @@ class Agent:
         finish: Finish = "timeout"
         try:
             async with asyncio.timeout(self.budget.seconds) as limit:
-                finish = await self._write(prompt_ids, segments, sampling, id)
+                finish = await self._write(prompt_ids, segments, sampling, id, on_turn)
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -98,8 +108,9 @@ class Agent:
         )  # fmt: skip
 
     async def _write(
-        self, prompt_ids: tuple[int, ...], segments: list[Segment], sampling: Sampling, session: str
-    ) -> Finish:
+        self, prompt_ids: tuple[int, ...], segments: list[Segment], sampling: Sampling, session: str,
+        on_turn: Callable[[Sequence[Segment]], None],
+    ) -> Finish:  # fmt: skip
         """Append to `segments`, turn by turn, until the trajectory is finished; return why it is."""
         token_ids = list(prompt_ids)
         turn = ""
@@ -122,6 +133,7 @@ class Agent:
                     )
                     token_ids.extend(completion.token_ids)
                     turn += text
+                    on_turn(segments)
                 if completion.finish != "stop":
                     return completion.finish
                 stopped = self._through_stop(turn, len(text))
