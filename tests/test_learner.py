@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from etagent_jax.data.packing import Batch, pack
 from etagent_jax.learner import losses
-from etagent_jax.learner.losses import PolicyLossConfig, TokenScores
+from etagent_jax.learner.losses import PolicyLossConfig
 from etagent_jax.learner.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from etagent_jax.learner.step import Learner, check_finite
 from etagent_jax.model import weights
@@ -66,104 +66,6 @@ def test_a_packed_sequence_is_learned_as_if_it_were_alone(learner):
     summed = jax.tree.map(lambda *g: sum(g), *(g for _, g in alone))
     for a, b in zip(leaves(gradient), leaves(summed), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-
-
-# --- the policy loss ------------------------------------------------------------------------------
-
-
-def numpy_policy_loss(logprobs, entropy, old, sampler, reference, advantages, mask, c: PolicyLossConfig) -> dict:
-    """The loss token by token, in float64."""
-    total = dict.fromkeys(("loss", "policy_loss", "kl", "entropy", "ratio", "clip_fraction", "approximate_kl"), 0.0)
-    for i in np.flatnonzero(mask):
-        ratio = np.exp(logprobs[i] - old[i])
-        advantage = advantages[i]
-        objective = min(ratio * advantage, np.clip(ratio, 1 - c.clip_low, 1 + c.clip_high) * advantage)
-        if advantage < 0:
-            objective = max(objective, c.dual_clip * advantage)
-        policy = -objective * min(np.exp(old[i] - sampler[i]), c.max_weight)
-        kl = np.exp(reference[i] - logprobs[i]) - (reference[i] - logprobs[i]) - 1
-        total["policy_loss"] += policy
-        total["kl"] += kl
-        total["entropy"] += entropy[i]
-        total["ratio"] += ratio
-        total["clip_fraction"] += not np.isclose(objective, ratio * advantage, rtol=1e-12)
-        total["approximate_kl"] += ratio - 1 - np.log(ratio)
-        total["loss"] += policy + c.kl_coefficient * kl - c.entropy_coefficient * entropy[i]
-    return {name: value / mask.sum() for name, value in total.items()}
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_policy_loss_and_its_gradient_agree_with_numpy(seed):
-    config = PolicyLossConfig(clip_low=0.2, clip_high=0.28, dual_clip=1.5, max_weight=1.3, kl_coefficient=0.3,
-                              entropy_coefficient=0.1)  # fmt: skip
-    rng = np.random.default_rng(seed)
-    old = -3 * rng.random(60)
-    logprobs, sampler, reference = (old + 0.5 * rng.normal(size=60) for _ in range(3))
-    entropy, advantages, mask = rng.random(60), rng.normal(size=60), rng.random(60) < 0.7
-    # What stands where no loss falls must not matter, however wild.
-    old[~mask], sampler[~mask] = 1e4, -1e4
-
-    as_row = lambda x: jnp.asarray(x, jnp.float32)[None]
-    ints = jnp.zeros((1, 60), jnp.int32)
-    batch = Batch(ints, ints, ints, jnp.asarray(mask)[None], as_row(advantages), as_row(sampler))
-
-    def loss(logprobs: jax.Array, entropy: jax.Array) -> tuple:
-        scores = TokenScores(logprobs, entropy, jnp.zeros((1, 60), bool))
-        tokens = jnp.float32(mask.sum())
-        return losses.policy_loss(scores, batch, as_row(old), as_row(reference), tokens, config)
-
-    gradients, metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(as_row(logprobs), as_row(entropy))
-    arguments = (entropy, old, sampler, reference, advantages, mask, config)
-    expected = numpy_policy_loss(logprobs, *arguments)
-    assert 0.2 < expected["clip_fraction"] < 0.8
-    assert metrics.keys() == expected.keys()
-    for name, value in expected.items():
-        assert abs(float(metrics[name]) - value) < 1e-5, name
-
-    step = 1e-6
-    for i in range(60):
-        moved = np.zeros(60)
-        moved[i] = step
-        up, down = (numpy_policy_loss(logprobs + d, *arguments)["loss"] for d in (moved, -moved))
-        assert abs(gradients[0][0, i] - (up - down) / (2 * step)) < 1e-5
-    np.testing.assert_allclose(gradients[1][0], np.where(mask, -0.1 / mask.sum(), 0), atol=1e-7)
-
-
-def test_on_policy_the_ratio_is_one_and_the_sampler_agrees(learner, batch):
-    state = learner.init_state(0)
-    old, _ = learner.score(state.params, batch)
-    batch = dataclasses.replace(batch, sampler_logprobs=old)
-    state, metrics = learner.policy_step(state, batch, old, old)
-    assert abs(metrics["ratio"] - 1) < 1e-6
-    assert abs(metrics["approximate_kl"]) < 1e-6
-    assert metrics["clip_fraction"] == metrics["sampler_gap_mean"] == metrics["sampler_gap_max"] == 0
-    new, _ = learner.score(state.params, batch)
-    gain = np.where(batch.loss_mask, (new - old) * batch.advantages, 0).sum()
-    assert gain > 0
-
-
-def test_the_gap_between_sampler_and_learner_is_measured(learner, batch):
-    state = learner.init_state(0)
-    old, _ = learner.score(state.params, batch)
-    _, metrics = learner.policy_step(state, batch, old, old)
-    gap = np.abs(np.asarray(old) - batch.sampler_logprobs)[batch.loss_mask]
-    np.testing.assert_allclose(metrics["sampler_gap_mean"], gap.mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["sampler_gap_max"], gap.max(), rtol=1e-5)
-    assert abs(metrics["kl"]) < 1e-6
-
-
-def test_without_a_reference_there_is_no_kl(learner, batch):
-    _, metrics = learner.policy_step(learner.init_state(0), batch, batch.sampler_logprobs, None)
-    assert "kl" not in metrics
-    assert np.isfinite(metrics["loss"])
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("temperature", 0.0), ("clip_low", 1.0), ("dual_clip", 1.2), ("max_weight", 0.5)]
-)
-def test_a_policy_loss_that_makes_no_sense_is_refused(field, value):
-    with pytest.raises(ValueError, match=field):
-        PolicyLossConfig(**{field: value})
 
 
 # --- the optimizer --------------------------------------------------------------------------------

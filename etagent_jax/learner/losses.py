@@ -41,6 +41,8 @@ class PolicyLossConfig:
 
     dual_clip: with a negative advantage the objective is at least dual_clip · advantage.
     max_weight: truncation of the importance weight between sampler and learner.
+    max_sequence_weight: a sequence whose geometric-mean importance weight lies outside [1 / this, this]
+    bears no loss (see `mismatch.agrees`); 0 lets every sequence bear loss.
     kl_coefficient: of the KL divergence from the reference; needs reference log-probabilities.
     """
 
@@ -49,6 +51,7 @@ class PolicyLossConfig:
     clip_high: float = 0.2
     dual_clip: float = 3.0
     max_weight: float = 2.0
+    max_sequence_weight: float = 0.0
     kl_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
 
@@ -63,6 +66,9 @@ class PolicyLossConfig:
                              f"got {self.dual_clip}")  # fmt: skip
         if self.max_weight < 1:
             raise ValueError(f"policy loss: max_weight must be at least 1, got {self.max_weight}")
+        if self.max_sequence_weight and self.max_sequence_weight <= 1:
+            raise ValueError(f"policy loss: max_sequence_weight must be above 1, or 0 to reject no sequence, "
+                             f"got {self.max_sequence_weight}")  # fmt: skip
 
 
 def policy_loss(
@@ -112,9 +118,3 @@ def policy_loss(
     if config.entropy_coefficient:
         loss -= config.entropy_coefficient * metrics["entropy"]
     return loss, {"loss": loss, **metrics}
-
-
-def sampler_gap(batch: Batch, old_logprobs: jax.Array, token_count: jax.Array) -> Metrics:
-    """Mean and largest |ℓ_old - ℓ_sampler| over the tokens that bear loss: 0 if sampler and learner agree."""
-    gap = jnp.abs(jnp.where(batch.loss_mask, old_logprobs - batch.sampler_logprobs, 0))
-    return {"sampler_gap_mean": gap.sum() / token_count, "sampler_gap_max": gap.max()}

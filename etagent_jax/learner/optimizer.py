@@ -13,7 +13,9 @@ class OptimizerConfig:
     """learning_rate: the peak, reached after warmup_steps; the cosine ends at total_steps with
     end_fraction of it.  muon_scale: Muon's learning rate as a multiple of AdamW's.
     momentum_dtype: of the first moment; bfloat16 saves two bytes a parameter.  The second moment stays
-    float32: with b2 0.999 its steps are smaller than bfloat16 can hold."""
+    float32: with b2 0.999 its steps are smaller than bfloat16 can hold.
+    skip_factor: an update whose gradient norm exceeds this many times the recent mean is not applied (see
+    guard.py); 0 applies whatever is finite."""
 
     learning_rate: float
     total_steps: int
@@ -27,6 +29,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     muon_scale: float = 7.0
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    skip_factor: float = 0.0
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
@@ -38,6 +41,9 @@ class OptimizerConfig:
         for field in ("learning_rate", "total_steps", "clip_norm", "muon_scale"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"optimizer: {field} must be above 0, got {getattr(self, field)}")
+        if self.skip_factor and self.skip_factor <= 1:
+            raise ValueError(f"optimizer: skip_factor must be above 1, or 0 to skip only what is not finite, "
+                             f"got {self.skip_factor}")  # fmt: skip
         if not 0 <= self.warmup_steps < self.total_steps:
             raise ValueError(f"optimizer: warmup_steps must be in [0, total_steps = {self.total_steps}), "
                              f"got {self.warmup_steps}")  # fmt: skip

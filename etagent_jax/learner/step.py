@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 
 from etagent_jax.data.packing import DTYPES, Batch
-from etagent_jax.learner import losses, trainable
+from etagent_jax.learner import guard, losses, mismatch, trainable
 from etagent_jax.learner.lookup import ShardedLookup
 from etagent_jax.learner.losses import Metrics, PolicyLossConfig
 from etagent_jax.learner.mesh import (
@@ -51,11 +51,18 @@ TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes.  step: int32 [], updates done.  opt_state: of the parameters that learn."""
+    """All that a step changes.
+
+    step: int32 [], updates done.  skipped: int32 [], those of them that were not applied.
+    opt_state: of the parameters that learn.
+    gradient_norm: float32 [], the running mean that a gradient's norm is compared with (see guard.py).
+    """
 
     step: jax.Array
+    skipped: jax.Array
     params: Params
     opt_state: optax.OptState
+    gradient_norm: jax.Array
 
 
 class Learner:
@@ -70,8 +77,11 @@ class Learner:
     parameters that do not learn (see trainable.py).  What does not learn has no gradient and no moments.
 
     A step takes its `state` for good: the buffers are donated, so a copy must be made of what is to
-    live on.  Metrics are float32 scalars on the device, exact means over the tokens that bear loss.  An
-    update that is not finite leaves parameters and optimizer as they were; `check_finite` raises.
+    live on.  Metrics are float32 scalars on the device, exact means over the tokens that bear loss.
+
+    An update that is not finite, has a gradient far beyond its recent norm (see guard.py), or has no token that
+    bears loss is not applied: parameters and optimizer, its schedule included, stay as they were, and the metric
+    `skipped` is 1.  `check_finite` raises for the first kind.
     """
 
     def __init__(
@@ -106,10 +116,11 @@ class Learner:
         params, axes = nnx.to_pure_dict(abstract), logical_axes(abstract)
         self.learns = trainable.learning_paths(params, lora is not None, frozen)
         self._optimizer = make_optimizer(optimizer, trainable.split(axes, self.learns)[0])
-        self._schedule = learning_rate(optimizer)
+        self._schedule, self._skip_factor = learning_rate(optimizer), optimizer.skip_factor
 
         fresh_moments = lambda params: self._optimizer.init(trainable.split(params, self.learns)[0])
-        fresh = lambda params: TrainState(jnp.int32(0), params, fresh_moments(params))
+        zeros = lambda: {"step": jnp.int32(0), "skipped": jnp.int32(0), "gradient_norm": jnp.float32(0)}
+        fresh = lambda params: TrainState(params=params, opt_state=fresh_moments(params), **zeros())
         abstract_state = jax.eval_shape(fresh, params)
         placed = parameter_shardings(params, axes, self.mesh)
         self.shardings: TrainState = state_shardings(abstract_state, placed, self.mesh)
@@ -122,6 +133,7 @@ class Learner:
         self._initial_params = jax.jit(initial, out_shardings=self.shardings.params)
         self._initial_opt_state = jax.jit(fresh_moments, out_shardings=self.shardings.opt_state)
         self._row_sharding, replicated = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
+        self._initial_counts = jax.jit(zeros, out_shardings=replicated)
         rows = self._row_sharding
         options = TPU_OPTIONS if self.mesh.devices.flat[0].platform == "tpu" else None
         jit_step = lambda step, *inputs: jax.jit(
@@ -243,8 +255,7 @@ class Learner:
         return Batch(**{name: shape(dtype) for name, dtype in DTYPES.items()})  # type: ignore[arg-type]
 
     def _fresh(self, params: Params) -> TrainState:
-        step = jax.jit(lambda: jnp.int32(0), out_shardings=self.shardings.step)()
-        return TrainState(step, params, self._initial_opt_state(params))
+        return TrainState(params=params, opt_state=self._initial_opt_state(params), **self._initial_counts())
 
     def _serving_params(self, params: Params) -> Params:
         merged = merge(params, self.lora) if self.lora is not None else params
@@ -258,6 +269,12 @@ class Learner:
     def _policy_step(
         self, state: TrainState, batch: Batch, old_logprobs: jax.Array, ref_logprobs: jax.Array | None
     ) -> tuple[TrainState, Metrics]:
+        more = mismatch.sampler_gap(batch, old_logprobs, token_count(batch))
+        more["sequences_rejected"] = jnp.float32(0)
+        if self.policy.max_sequence_weight:
+            agrees = mismatch.agrees(batch, old_logprobs, self.policy.max_sequence_weight)
+            more["sequences_rejected"] = (mismatch.first_tokens(batch.segment_ids) & ~agrees).sum(dtype=jnp.float32)
+            batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & agrees)
         tokens = token_count(batch)
 
         def loss(params: Params, inputs: tuple) -> tuple[jax.Array, Metrics]:
@@ -265,8 +282,7 @@ class Learner:
             scores = token_scores(self.model(params), batch, self.policy.temperature, self.mesh)
             return losses.policy_loss(scores, batch, old, ref, tokens, self.policy)
 
-        more = {"tokens": tokens, **losses.sampler_gap(batch, old_logprobs, tokens)}
-        return self._update(state, loss, (batch, old_logprobs, ref_logprobs), more)
+        return self._update(state, loss, (batch, old_logprobs, ref_logprobs), {"tokens": tokens, **more})
 
     def _score(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         micro_batches = self._split(batch)
@@ -315,12 +331,21 @@ class Learner:
         gradients, metrics = jax.lax.fori_loop(0, used_micro_batches(micro_batches), add, zeros)
 
         grad_norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+        sound = jnp.isfinite(metrics["loss"]) & batch_of(micro_batches).loss_mask.any()
+        norm, applied = jnp.where(sound, grad_norm, jnp.nan), state.step - state.skipped
+        applies = guard.within_bound(norm, state.gradient_norm, applied, self._skip_factor)
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, learning)
-        keep = lambda new, old: jnp.where(finite, new, old)
+        keep = lambda new, old: jnp.where(applies, new, old)
         learned = jax.tree.map(keep, optax.apply_updates(learning, updates), learning)
-        new = TrainState(state.step + 1, trainable.join(learned, still), jax.tree.map(keep, opt_state, state.opt_state))
-        return new, {**metrics, **more, "grad_norm": grad_norm, "learning_rate": self._schedule(state.step)}
+        new = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + ~applies,
+            params=trainable.join(learned, still),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            gradient_norm=guard.running_mean(norm, state.gradient_norm, applied),
+        )
+        more = {**more, "grad_norm": grad_norm, "learning_rate": self._schedule(applied)}
+        return new, {**metrics, **more, "skipped": (~applies).astype(jnp.float32)}
 
 
 @dataclass(frozen=True)
@@ -333,13 +358,17 @@ class HiddenSharding:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*ROWS, None)))
 
 
+def batch_of(inputs: Any) -> Batch:
+    """The batch itself, of a loss's inputs: a Batch, or a tuple that starts with one."""
+    return inputs if isinstance(inputs, Batch) else inputs[0]
+
+
 def used_micro_batches(micro_batches: Any) -> jax.Array:
     """How many leading micro-batches hold a token: int32 [].  The rest is padding, and costs nothing.
 
-    micro_batches: a Batch of arrays [M, r, T], or a tuple that starts with one.
+    micro_batches: of arrays [M, r, T], as `batch_of` takes them.
     """
-    batch = micro_batches if isinstance(micro_batches, Batch) else micro_batches[0]
-    holds_tokens = (batch.segment_ids > 0).any(axis=(1, 2))
+    holds_tokens = (batch_of(micro_batches).segment_ids > 0).any(axis=(1, 2))
     return jnp.max(jnp.where(holds_tokens, jnp.arange(1, len(holds_tokens) + 1), 0))
 
 
