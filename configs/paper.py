@@ -20,5 +20,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.stages += ("rounds",)
     config.rounds = calibration
     config.rounds.update({"rounds": 3, "steps": 5 if preset == "tiny" else 375})
+    config.rounds.branching.initial = 4 if preset == "tiny" else 8
     config.rounds.reward.update({"variant": "paper", "sigma_tool": 0.2, "sigma_length": 0.5, "decay": True})
     return config

@@ -16,6 +16,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config = phase1.get_config(preset)
     config.stages += ("phase2",)
     config.phase2 = config.phase1.copy_and_resolve_references()
+    config.phase2.branching.initial = 0
     config.phase2.update(
         choose(
             preset,

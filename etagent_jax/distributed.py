@@ -179,16 +179,34 @@ async def together(work: Awaitable[T]) -> T:
     Cancelled on one process, it ends as cancelled on every one when the work of all is over, so that they can save
     what they have at the same point.
     """
-    if not several():
-        return await work
     cancelled = False
     try:
         result = await work
+        await asyncio.sleep(0)  # where a cancellation that `undisturbed` put off arrives
     except asyncio.CancelledError:
         cancelled = True
-    if multihost_utils.process_allgather(np.bool_(cancelled)).any():
+    if several():
+        cancelled = bool(multihost_utils.process_allgather(np.bool_(cancelled)).any())
+    if cancelled:
         raise asyncio.CancelledError
     return result
+
+
+async def undisturbed(work: Awaitable[T]) -> T:
+    """The result of `work`; a cancellation meanwhile is put off until the caller next waits, best in `together`.
+
+    For what must not be left half done, or what all processes do in step.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled and (caller := asyncio.current_task()) is not None:
+        caller.cancel()
+    return task.result()
 
 
 def check_same(settings: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Several processes as one program: what they tell one another, and runs that come out as those of one process."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -27,6 +28,48 @@ def test_a_process_by_itself_has_nobody_to_wait_for():
     assert distributed.my_share("abc") == "abc"
     assert distributed.gather_shares([object], pytest.fail, pytest.fail) == [object]
     distributed.barrier()
+
+
+async def test_a_cancellation_of_what_must_be_finished_is_put_off_to_the_next_wait_for_all():
+    done = []
+
+    async def work() -> str:
+        await asyncio.sleep(0.02)
+        done.append("work")
+        return "result"
+
+    async def step() -> None:
+        try:
+            done.append(await distributed.undisturbed(work()))
+            await distributed.together(asyncio.sleep(0, "not reached"))
+            done.append("went on")
+        except asyncio.CancelledError:
+            await distributed.undisturbed(work())  # as in closing down
+            done.append("saved")
+            raise
+
+    running = asyncio.create_task(step())
+    await asyncio.sleep(0.01)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert done == ["work", "result", "work", "saved"]
+
+    done.clear()
+    whole = asyncio.create_task(distributed.together(distributed.undisturbed(work())))
+    await asyncio.sleep(0.01)
+    whole.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await whole
+    assert done == ["work"]
+
+
+async def test_an_error_of_what_must_be_finished_is_raised_at_once():
+    async def work() -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        await distributed.undisturbed(work())
 
 
 @pytest.mark.parametrize(

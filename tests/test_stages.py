@@ -270,8 +270,10 @@ def test_a_broken_question_file_is_named_with_its_line(tmp_path):
         (["--config=configs/phase2.py:huge"], "preset 'huge' is not one of: tiny, qwen2.5-7b"),
         (["--config=configs/phase2.py", "--config.phase2.stepz=3"], "stepz"),
         (["--config=configs/nothing.py"], "configs/nothing.py"),
-        (["--config=configs/phase2.py:qwen2.5-7b"], "config.policy.backend"),
-        (["--config=configs/phase2.py:qwen2.5-7b", "--config.policy.backend=embedded"], "config.model.path"),
+        (["--config=configs/phase2.py", "--config.policy.backend=vllm"], "config.policy.backend"),
+        (["--config=configs/phase2.py", "--config.policy.backend=sglang"], "config.policy.url"),
+        (["--config=configs/phase2.py", "--config.policy.colocated=true"], "config.policy.colocated"),
+        (["--config=configs/phase2.py:qwen2.5-7b"], "config.model.path"),
         ([], "--config=configs/phase2.py"),
     ],
 )

@@ -5,38 +5,31 @@ Each round: sample with the current policy, select questions by Pareto front, th
 """
 
 import asyncio
-import json
-import time
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from etagent_jax import distributed
-from etagent_jax.data import pareto
-from etagent_jax.data.packing import Batch, pack, sequence_from_trajectory
-from etagent_jax.data.store import write_json_atomic
 from etagent_jax.learner.checkpoint import Checkpoints
 from etagent_jax.learner.losses import PolicyLossConfig
 from etagent_jax.learner.optimizer import OptimizerConfig
-from etagent_jax.learner.step import Learner, Params, TrainState, check_finite
-from etagent_jax.learner.sync import push_weights
-from etagent_jax.learner.throughput import throughput
+from etagent_jax.learner.parking import park, unpark
+from etagent_jax.learner.step import Learner
+from etagent_jax.learner.sync import Publication, push_weights, tell_servers
 from etagent_jax.model.folder import read_config
 from etagent_jax.model.transformer import ModelConfig
-from etagent_jax.rollout.agent import Agent
-from etagent_jax.scoring.answers import correctness
+from etagent_jax.policy.sglang import SGLangPolicy
 from etagent_jax.scoring.rewards import RewardConfig, ScoredGroup, decayed_sigma, score_group
 from etagent_jax.stages import setup
 from etagent_jax.stages.directory import StageDirectory
 from etagent_jax.stages.metrics import MetricsLog, Stopwatch, speed
-from etagent_jax.stages.sampling import sample_groups, sample_share
-from etagent_jax.trajectory import Group, Question
+from etagent_jax.stages.round import Position, Round
+from etagent_jax.stages.selection import selected_questions
+from etagent_jax.stages.updates import Updates
+from etagent_jax.trajectory import Group
 
 
 def policy_loss_config(section: ConfigDict) -> PolicyLossConfig:
@@ -54,19 +47,27 @@ def reward_config(section: ConfigDict, step: int) -> RewardConfig:
     return RewardConfig(section.reward.variant, section.reward.sigma_tool * scale, section.reward.sigma_length * scale)
 
 
-def check(section: ConfigDict, stage: str, context: int) -> None:
+def check(config: ConfigDict, stage: str) -> None:
     """Raise one clear sentence for settings of the stage that cannot work."""
-    policy_loss_config(section), optimizer_config(section), reward_config(section, 0)
-    positive = {name: section[name] for name in ("rounds", "steps", "questions_per_step", "epochs", "minibatches",
-                                                 "checkpoint_every")}  # fmt: skip
-    positive |= {f"selection.{name}": value for name, value in section.selection.items()}
-    for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"config.{stage}.{name} must be at least 1, got {value}")
-    if section.samples < 2:
-        raise ValueError(f"config.{stage}.samples must be at least 2, a group to compare, got {section.samples}")
-    if section.length < context:
-        raise ValueError(f"config.{stage}.length {section.length} must hold a whole context of {context} tokens")
+    c, context = config[stage], config.policy.context
+    policy_loss_config(c), optimizer_config(c), reward_config(c, 0)
+    least = dict.fromkeys(("rounds", "steps", "questions_per_step", "epochs", "minibatches", "checkpoint_every"), 1)
+    least |= {f"selection.{name}": 1 for name in c.selection} | {f"stream.{name}": 0 for name in c.stream}
+    least |= {"samples": 2, "tool_free": 0, "branching.initial": 0, "branching.window": 1}
+    settings = setup.flatten(c.to_dict())
+    for name, smallest in least.items():
+        if settings[name] < smallest:
+            raise ValueError(f"config.{stage}.{name} must be at least {smallest}, got {settings[name]}")
+    if not 0 <= c.branching.probability <= 1:
+        raise ValueError(f"config.{stage}.branching.probability must be in [0, 1], got {c.branching.probability}")
+    if c.tool_free + c.branching.initial > c.samples:
+        raise ValueError(f"config.{stage}: tool_free {c.tool_free} and branching.initial {c.branching.initial} are "
+                         f"more than the {c.samples} samples of a group")  # fmt: skip
+    if c.length < context:
+        raise ValueError(f"config.{stage}.length {c.length} must hold a whole context of {context} tokens")
+    if config.policy.colocated and c.stream.max_staleness:
+        raise ValueError(f"config.{stage}.stream.max_staleness must be 0 with policy.colocated: "
+                         "a server that has given its memory to the learner cannot generate")  # fmt: skip
 
 
 def make_learner(config: ConfigDict, stage: str, model: ModelConfig, mesh: Mesh | None = None) -> Learner:
@@ -78,10 +79,10 @@ def make_learner(config: ConfigDict, stage: str, model: ModelConfig, mesh: Mesh 
 async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict[str, float]:
     """Train from the parent's model for `rounds` × `steps` steps, with a checkpoint after each `checkpoint_every`.
 
-    A run that was stopped resumes at its newest checkpoint.  The steps since then are learned again and not sampled
-    again: a step's batch follows from its trajectories, which are on disk, and the seed, so the weights become what
-    they were, and what was missing of the last step is sampled with those.  (To the bit where the device computes the
-    same sums in the same order; else to rounding, as between any two runs there.)
+    A run that was stopped resumes at its newest checkpoint.  With max_staleness 0 the steps since then are learned
+    again and not sampled again: a step's batch follows from its trajectories, which are on disk, and the seed, so the
+    weights become what they were, and what was missing of the last step is sampled with those.  (To the bit where the
+    device computes the same sums in the same order; else to rounding, as between any two runs there.)
     """
     c = config[stage]
     steps = c.rounds * c.steps
@@ -90,112 +91,72 @@ async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict
     reference = learner.load_params(parent) if c.loss.kl_coefficient else None
     distributed.say(f"{stage}: {learner.summary}")
     checkpoints = Checkpoints(directory.checkpoints)
-    done, state, summary = setup.resume(checkpoints, learner, lambda: learner.load_state(parent))
+    done, state, extra = setup.resume(checkpoints, learner, lambda: learner.load_state(parent))
     saved = learned = done
+    summary = extra.get("summary", {})
+    position = Position.from_json(extra["position"]) if extra.get("position") else None
+    update = Updates(learner, reference, c, directory.path / "skipped")
+    has_spread = lambda group: score_group(group, reward_config(c, 0)).has_spread
 
     def save() -> None:
         nonlocal saved
         if learned > saved:
-            checkpoints.save(learned, learner.changing(state), summary)
+            at = ahead.position() if learned % c.steps else None
+            checkpoints.save(learned, learner.changing(state), {"summary": summary, "position": at})
             saved = learned
 
-    async with setup.rollout_parts(config, parent) as parts:
+    async with setup.rollout_parts(config, parent) as parts, contextlib.AsyncExitStack() as round_open:
         agent = setup.make_agent(config, parts.policy, parts.tokenizer, parts.tools)
-        trial = Trial(config, stage, directory, agent)
+        servers = parts.policy if isinstance(parts.policy, SGLangPolicy) else None
+        published = Publication(directory.path / "weights", parts.tokenizer) if servers else None
+        colocated = servers if config.policy.colocated else None
+        if colocated:
+            state = park(state, learner)
         with MetricsLog(directory.path, total_steps=steps, start_step=done, description=stage) as log:
             watch = Stopwatch()
             try:
                 for step in range(done, steps):
                     with watch("sync"):
-                        await distributed.together(push_weights(learner, state.params, step, parts.policy))
+                        push = push_weights(learner, state.params, step, parts.policy, published)
+                        await distributed.together(distributed.undisturbed(push))
                     if step in (done, step // c.steps * c.steps):
+                        await round_open.aclose()
                         with watch("select"):
-                            selected = await trial.selected_questions(step // c.steps)
+                            selected = await selected_questions(config, stage, directory, agent, step // c.steps)
+                        ahead = Round(config, stage, directory, agent, selected, step, position, has_spread)
+                        position = None
+                        await round_open.enter_async_context(ahead)
                     with watch("rollout"):
-                        groups = await trial.groups_of_step(step, selected)
+                        groups, given_up = await ahead.groups(step)
                     with watch("reward"):
                         scored = score_groups(groups, reward_config(c, step % c.steps))
                     with watch("learn"):
+                        if colocated:
+                            await distributed.undisturbed(tell_servers(colocated.release_memory))
+                            state = unpark(state, learner)
                         order = setup.np_rng(config.seed, stage, "minibatches", step)
-                        state, metrics = learn(learner, state, reference, scored, c, order, step)
+                        learning = asyncio.to_thread(update, state, scored, order, step)
+                        state, metrics = await distributed.undisturbed(learning)
                     learned = step + 1
-                    summary = {**rollout_metrics(scored), **metrics, **watch.pop()}
+                    summary = {**rollout_metrics(scored, step), **given_up, **metrics, **watch.pop()}
                     summary["rollout_tokens_per_second"] = summary.pop("rollout_tokens") / summary["seconds/rollout"]
                     log.log(step, summary, line(summary))
                     if learned % c.checkpoint_every == 0 or learned == steps:
                         with watch("checkpoint"):
                             save()
+                    if colocated:
+                        with watch("sync"):
+                            state = park(state, learner)
+                            await distributed.undisturbed(tell_servers(colocated.resume_memory))
             except asyncio.CancelledError:
                 save()
                 raise
+        await round_open.aclose()
+        if published:
+            published.clear()
         setup.save_model(learner, state.params, parts.tokenizer, directory.model)
     checkpoints.close()
     return {"steps": steps, **{k: summary[k] for k in ("reward", "correctness", "calls") if k in summary}}
-
-
-@dataclass
-class Trial:
-    """What is sampled for one calibration stage; everything finished is on disk and is not sampled again."""
-
-    config: ConfigDict
-    stage: str
-    directory: StageDirectory
-    agent: Agent
-
-    async def selected_questions(self, round: int) -> list[Question]:
-        """The questions of a round, chosen group-wise by Pareto front with the policy as it was at its start."""
-        c = self.config[self.stage].selection
-        questions = setup.questions(self.config, "train", c.questions, f"{self.stage}/{round}")
-        by_id = {question.id: question for question in questions}
-        path: Path = self.directory.path / f"selection-{round}.json"
-        chosen = distributed.from_first(json.loads(path.read_text()) if path.is_file() else None)
-        if chosen is None:
-            chosen = await self._select(questions, round)
-            if distributed.is_first():
-                write_json_atomic(path, chosen)
-        return [by_id[id] for id in chosen["questions"]]
-
-    async def _select(self, questions: Sequence[Question], round: int) -> dict[str, Any]:
-        """Which of `questions`, by id, and what was seen of all.  The processes share the sampling, and tell one
-        another no more than each question's numbers."""
-        c = self.config[self.stage].selection
-        groups = await sample_share(questions=questions, samples=c.samples, **self._sampling(f"selection-{round}"))
-        scores = [np.array([correctness(t.question, t.answer) for t in g.trajectories]) for g in groups]
-        s = pareto.question_statistics(groups, scores)
-        mine = [s.tool_variance.tolist(), s.correctness_variance.tolist(), s.eligible.tolist(), map(list, scores)]
-        rows = distributed.gather_shares(list(zip(*mine, strict=True)))
-        tool_variance, correctness_variance, eligible, of_all = (list(column) for column in zip(*rows, strict=True))
-        indices = pareto.select(np.array(tool_variance), np.array(correctness_variance), np.array(eligible), c.select)
-        if not len(indices):
-            raise ValueError(
-                f"{self.stage}: of {len(questions)} questions none had both right and wrong rollouts among "
-                f"{c.samples}; raise selection.samples or selection.questions, or take other questions"
-            )
-        return {
-            "questions": [questions[i].id for i in indices], "sampled": len(questions), "eligible": sum(eligible),
-            "correctness": float(np.mean(np.concatenate(of_all))),
-        }  # fmt: skip
-
-    async def groups_of_step(self, step: int, selected: Sequence[Question]) -> list[Group]:
-        """The groups of a step: the next questions of a seeded order, starting over when all had their turn."""
-        c = self.config[self.stage]
-        round, place = divmod(step, c.steps)
-        size = min(c.questions_per_step, len(selected))
-        start = place * size
-        picked = []
-        for i in range(start, start + size):
-            epoch, at = divmod(i, len(selected))
-            order = setup.np_rng(self.config.seed, self.stage, round, epoch).permutation(len(selected))
-            picked.append(selected[order[at]])
-        unique = list({question.id: question for question in picked}.values())
-        return await sample_groups(questions=unique, samples=c.samples, **self._sampling(f"step-{step:05d}"))
-
-    def _sampling(self, name: str) -> dict[str, Any]:
-        """What all samplings of the stage have in common, and where those of this name go."""
-        return {
-            "config": self.config, "agent": self.agent, "file": self.directory.trajectories / f"{name}.jsonl",
-            "tag": f"{self.stage}/{name}", "temperature": self.config[self.stage].temperature,
-        }  # fmt: skip
 
 
 def score_groups(groups: Sequence[Group], config: RewardConfig) -> list[ScoredGroup]:
@@ -206,65 +167,11 @@ def score_groups(groups: Sequence[Group], config: RewardConfig) -> list[ScoredGr
     return [ScoredGroup(group, *map(np.array, row)) for group, row in zip(groups, rows, strict=True)]
 
 
-def learn(
-    learner: Learner, state: TrainState, reference: Params | None, scored: Sequence[ScoredGroup], c: ConfigDict,
-    rng: np.random.Generator, step: int,
-) -> tuple[TrainState, dict[str, float]]:  # fmt: skip
-    """The updates of one step: `epochs` passes over the groups with spread, in `minibatches` parts."""
-    kept = [group for group in scored if group.has_spread]
-    metrics: dict[str, float] = {"groups_without_spread": len(scored) - len(kept)}
-    if not kept:
-        return state, metrics
-    order = rng.permutation(len(kept))
-    parts = [part for part in np.array_split(order, c.minibatches) if len(part)]
-    rows = learner.whole_rows(setup.step_rows(c))
-    batches = [pack_groups([kept[i] for i in part], c.length, rows) for part in parts]
-    old = [learner.score(state.params, batch)[0] for batch in batches]
-    ref = [learner.score(reference, batch)[0] if reference is not None else None for batch in batches]
-    jax.block_until_ready((old, ref))
-    history: list[dict[str, jax.Array]] = []
-    began = time.perf_counter()
-    for _ in range(c.epochs):
-        for batch, old_logprobs, ref_logprobs in zip(batches, old, ref, strict=True):
-            state, device_metrics = learner.policy_step(state, batch, old_logprobs, ref_logprobs)
-            history.append(device_metrics)
-    updates = jax.device_get(history)
-    seconds = time.perf_counter() - began
-    for update in updates:
-        check_finite(update, step)
-        for name, value in update.items():
-            metrics[name] = metrics.get(name, 0.0) + float(value) / len(history)
-    largest_gap = max(float(update["sampler_gap_max"]) for update in updates)
-    metrics |= {"entropy": float(updates[0]["entropy"]), "sampler_gap_max": largest_gap}
-    return state, {**metrics, **throughput_of_all(learner, batches, c.epochs, seconds)}
-
-
-def throughput_of_all(learner: Learner, batches: Sequence[Batch], epochs: int, seconds: float) -> dict[str, float]:
-    """As `throughput`, of updates on all `batches`, each `epochs` times, in `seconds` together."""
-    each = [throughput(learner, batch, seconds) for batch in batches]
-    rates = {name: epochs * sum(one[name] for one in each) for name in each[0] if name != "memory_gib"}
-    return {**rates, "memory_gib": max(one["memory_gib"] for one in each)}
-
-
-def pack_groups(groups: Sequence[ScoredGroup], length: int, rows: int) -> Batch:
-    """The trajectories of these groups with their advantages, loss on what the model sampled.
-
-    Always `rows` rows, so that the step is compiled once; the learner skips the empty ones.
-    """
-    return pack(
-        (
-            sequence_from_trajectory(trajectory, sources=("model",), advantage=float(advantage))
-            for group in groups
-            for trajectory, advantage in zip(group.group.trajectories, group.advantages, strict=True)
-        ),
-        length,
-        rows=rows,
-    )
-
-
-def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Means over all rollouts of a step."""
+def rollout_metrics(scored: Sequence[ScoredGroup], version: int) -> dict[str, float]:
+    """Means over all rollouts of the step that updates weights of `version`; staleness in versions, over tokens."""
     trajectories = [t for group in scored for t in group.group.trajectories]
+    versions = [np.array([v for s in t.segments for v in s.weight_versions]) for t in trajectories]
+    ages = version - np.concatenate(versions)
     return {
         "reward": float(np.mean(np.concatenate([group.rewards for group in scored]))),
         "correctness": float(np.mean(np.concatenate([group.correctness for group in scored]))),
@@ -273,6 +180,9 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
         "failed_calls": float(np.mean([sum(call.result.failed for call in t.calls) for t in trajectories])),
         "model_tokens": float(np.mean([t.model_tokens for t in trajectories])),
         "rollout_tokens": float(sum(t.model_tokens for t in trajectories)),
+        "staleness": float(ages.mean()) if len(ages) else 0.0,
+        "staleness_max": float(ages.max(initial=0)),
+        "mixed_versions": float(np.mean([len(set(v.tolist())) > 1 for v in versions])),
     }
 
 
@@ -283,7 +193,7 @@ def line(m: dict[str, float]) -> str:
         f"entropy {m['entropy']:.2f}  clipped {m['clip_fraction']:.1%}  gap {m['sampler_gap_mean']:.1e}  "
         f"learned {speed(m)}  "
         if "entropy" in m
-        else "no group with spread, no update  "
+        else "no update  "
     )
     return (
         f"reward {m['reward']:+.3f}  correct {m['correctness']:.3f}  calls {m['calls']:.2f}  "

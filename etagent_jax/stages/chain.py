@@ -32,7 +32,7 @@ def validate(config: ConfigDict) -> None:
         if stage == "flywheel":
             flywheel.check(section)
         elif "reward" in section:
-            calibrate.check(section, stage, config.policy.context)
+            calibrate.check(config, stage)
             calibrate.make_learner(config, stage, model)
         else:
             optimizer = section.optimizer.to_dict()
@@ -69,6 +69,7 @@ async def run_chain(config: ConfigDict) -> None:
         validate(config)
     except (ValueError, FileNotFoundError) as error:
         raise setup.WrongSettings(str(error)) from error
+    await check_servers(config)
     for stage in config.stages:
         directory = StageDirectory(config, stage)
         if distributed.from_first(directory.done):
@@ -82,6 +83,16 @@ async def run_chain(config: ConfigDict) -> None:
             directory.finish({**summary, "seconds": seconds, "cpu_seconds": cpu_seconds})
     if distributed.is_first():
         print_stages(config)
+
+
+async def check_servers(config: ConfigDict) -> None:
+    """Raise one clear sentence if servers that the run needs are not there; where the tiny model is not made yet, no
+    server can serve it, and they are waited for when the first stage needs them."""
+    model = Path(config.model.path) if "base" not in config.stages else StageDirectory(config, "base").model
+    served = config.policy.backend == "sglang" and (model / "config.json").is_file()
+    sampling = [stage for stage in config.stages if stage not in ("base", "sft")]
+    if served and any(not StageDirectory(config, stage).done for stage in sampling):
+        await setup.check_servers(config, model)
 
 
 async def run_stage(config: ConfigDict, stage: str, directory: StageDirectory) -> dict[str, float]:

@@ -18,8 +18,9 @@ from etagent_jax.model import shards
 from etagent_jax.stages.setup import flatten
 
 RUNTIME = (
-    "run", "stages", "mesh", "remat", "attention", "policy.backend", "policy.url", "reviser.concurrency",
-    "rollout.concurrency", "tools.python.workers", "*.micro_batches", "*.checkpoint_every",
+    "run", "stages", "mesh", "remat", "attention", "policy.backend", "policy.url", "policy.timeout",
+    "policy.patience", "policy.colocated", "reviser.concurrency", "rollout.concurrency", "tools.python.workers",
+    "*.micro_batches", "*.checkpoint_every",
 )  # fmt: skip
 """Settings that say where and how a stage runs and not what it computes; they may differ when it is resumed."""
 

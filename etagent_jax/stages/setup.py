@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import hashlib
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ from etagent_jax.learner.checkpoint import Checkpoints
 from etagent_jax.learner.losses import PolicyLossConfig
 from etagent_jax.learner.optimizer import OptimizerConfig
 from etagent_jax.learner.step import Learner, Params, TrainState
+from etagent_jax.learner.sync import serve_folder
 from etagent_jax.model import weights
+from etagent_jax.model.folder import read_config
 from etagent_jax.model.lora import Lora
 from etagent_jax.model.transformer import ModelConfig
 from etagent_jax.policy.engine import Engine
 from etagent_jax.policy.interface import Policy
+from etagent_jax.policy.sglang import SGLangPolicy
 from etagent_jax.rollout.agent import Agent, Budget
 from etagent_jax.tokenizer import Tokenizer
 from etagent_jax.tools.interface import Tool
@@ -84,11 +88,13 @@ def np_rng(seed: int, *names: str | int) -> np.random.Generator:
 
 def check_shared(config: ConfigDict) -> None:
     """Raise one clear sentence for shared settings that cannot work, before anything expensive is done."""
-    if config.policy.backend != "embedded":
-        raise ValueError(
-            f"config.policy.backend is {config.policy.backend!r}, but a run generates with the embedded engine so far: "
-            "give --config.policy.backend=embedded"
-        )
+    if config.policy.backend not in ("embedded", "sglang"):
+        raise ValueError(f"config.policy.backend must be embedded or sglang, got {config.policy.backend!r}")
+    if config.policy.backend == "sglang" and not config.policy.url:
+        raise ValueError("config.policy.url is empty: give the address of the SGLang server, or of several with commas "
+                         "between them, or --config.policy.backend=embedded")  # fmt: skip
+    if config.policy.colocated and config.policy.backend != "sglang":
+        raise ValueError("config.policy.colocated is for SGLang servers: give --config.policy.backend=sglang as well")
     if "base" not in config.stages and not Path(config.model.path).is_dir():
         raise FileNotFoundError(
             f"config.model.path: {config.model.path} is no folder; download the model and give --config.model.path=…"
@@ -150,7 +156,7 @@ def parent_model(config: ConfigDict, stage: str) -> Path | str:
 class RolloutParts:
     """What rollouts need, open until the stage is over."""
 
-    policy: Engine
+    policy: Engine | SGLangPolicy
     tokenizer: Tokenizer
     tools: dict[str, Tool]
 
@@ -159,17 +165,43 @@ class RolloutParts:
 async def rollout_parts(config: ConfigDict, model: Path | str) -> AsyncIterator[RolloutParts]:
     """The policy that serves `model`, its tokenizer and the tools; all closed at the end."""
     tokenizer = Tokenizer.load(model)
-    tools = make_tools(config)
-    engine = Engine(
-        weights.load(model), tokenizer, slots=config.policy.slots, context=config.policy.context,
-        chunk=config.policy.chunk,
-    )  # fmt: skip
-    try:
-        yield RolloutParts(engine, tokenizer, tools)
-    finally:
-        engine.close()
+    async with contextlib.AsyncExitStack() as opened:
+        tools = make_tools(config)
         for tool in tools.values():
-            await tool.close()
+            opened.push_async_callback(_close, tool)
+        if config.policy.backend == "sglang":
+            policy = await opened.enter_async_context(make_client(config, model))
+            await policy.check(tokenizer, model)
+            await serve_folder(policy, 0, model)
+            yield RolloutParts(policy, tokenizer, tools)
+        else:
+            engine = Engine(
+                weights.load(model), tokenizer, slots=config.policy.slots, context=config.policy.context,
+                chunk=config.policy.chunk,
+            )  # fmt: skip
+            opened.callback(engine.close)
+            yield RolloutParts(engine, tokenizer, tools)
+
+
+async def _close(tool: Tool) -> None:
+    """A signal meanwhile is heard afterwards: all processes must end the stage alike."""
+    await distributed.undisturbed(tool.close())
+
+
+def make_client(config: ConfigDict, model: Path | str) -> SGLangPolicy:
+    """A client of the config's servers, for a `model` folder's vocabulary.  The key is that of SGLANG_API_KEY."""
+    p = config.policy
+    return SGLangPolicy(
+        p.url.split(","), api_key=os.environ.get("SGLANG_API_KEY"), vocab_size=read_config(model).vocab_size,
+        timeout=p.timeout, patience=p.patience, concurrency=config.rollout.concurrency,
+    )  # fmt: skip
+
+
+async def check_servers(config: ConfigDict, model: Path | str) -> None:
+    """Wait for the config's servers; SGLangError, ValueError if one does not come, or serves another than `model`."""
+    async with make_client(config, model) as client:
+        await client.wait_until_ready(config.policy.patience, distributed.say)
+        await client.check(Tokenizer.load(model), model)
 
 
 def make_mesh(config: ConfigDict) -> Mesh:
@@ -220,11 +252,11 @@ def resume(
 
 def _still(learner: Learner, state: TrainState) -> TrainState:
     """Of a state only the parameters that do not learn, so that the memory of the others is free."""
-    return TrainState(state.step, trainable.split(state.params, learner.learns)[1], None)
+    return replace(state, params=trainable.split(state.params, learner.learns)[1], opt_state=None)
 
 
 def save_model(learner: Learner, params: Params, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the Hugging Face folder of a trained model.  All processes call it, the first one writes."""
+    """Write the Hugging Face folder of a trained model.  All processes call it, each writes its share."""
     weights.save(learner.serving_params(params), learner.config, folder, tokenizer.eos_ids, tokenizer.pad_id)
     if distributed.is_first():
         tokenizer.save(folder)
