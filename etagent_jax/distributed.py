@@ -185,8 +185,9 @@ async def together(work: Awaitable[T]) -> T:
         await asyncio.sleep(0)  # where a cancellation that `undisturbed` put off arrives
     except asyncio.CancelledError:
         cancelled = True
-    if several():
-        cancelled = bool(multihost_utils.process_allgather(np.bool_(cancelled)).any())
+    if several():  # in a thread, so that what else runs here goes on until the slowest process is done
+        vote = asyncio.to_thread(multihost_utils.process_allgather, np.bool_(cancelled))
+        cancelled = bool((await undisturbed(vote)).any())
     if cancelled:
         raise asyncio.CancelledError
     return result

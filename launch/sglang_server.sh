@@ -61,7 +61,6 @@ done
 check_count --port "$port"
 [ "$host" = 0.0.0.0 ] && nearby=127.0.0.1 || nearby="$host"
 url="http://$nearby:$port"
-log="${TMPDIR:-/tmp}/sglang-$port.log"
 
 # --sleep-on-idle: an idle server leaves the processor to the trainer.
 # --log-level-http: not a line for every request.
@@ -83,9 +82,7 @@ else
   [ "$gpus" -gt 0 ] || refuse "no NVIDIA GPU is here; --cpu serves without one"
   visible="${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((gpus - 1)))}"
   environment=("CUDA_VISIBLE_DEVICES=$visible")
-  # --sampling-defaults: nothing is taken from generation_config.json, such as a repetition penalty that the learner
-  # knows nothing of.
-  serve+=(--tp "$(tr ',' '\n' <<<"$visible" | wc -l)" --sampling-defaults openai)
+  serve+=(--tp "$(tr ',' '\n' <<<"$visible" | wc -l)")
   interpreters="python3.12 python3.11 python3.10"
   steps=("$(requirements requirements-sglang.txt '^sglang=')")
 fi
@@ -154,6 +151,7 @@ wait_until_ready() {
   say "serving $model at $url (process $server, ready after $((SECONDS - began)) s, log $log)"
 }
 
+log="$(mktemp -d -t sglang.XXXXXX)/sglang-$port.log"
 deaths=0
 was_ready=""
 while true; do

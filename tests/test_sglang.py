@@ -48,22 +48,22 @@ async def test_answers_are_read_as_sglang_means_them():
         finish_reason={"type": "length", "length": 3},
     )  # fmt: skip
     aborted = sglang_answer(completion_tokens=0, output_token_logprobs=[], finish_reason={"type": "abort"})
-    app, bodies = stub(usual, across, aborted)
+    app, bodies = stub(usual, across, aborted, usual)  # what another client has aborted is asked for again
     with running(app) as url:
-        async with SGLangPolicy(url) as policy:
+        async with SGLangPolicy(url, backoff=0.001) as policy:
             got = [await policy.generate((1, 2), Sampling(0.7, 9, ("</a>",), 0.9, seed=5), "s") for _ in range(3)]
     assert got == [
         Completion((8, 9), (-1.0, -2.0), "stop", (0, 0)),  # the last two rows
         Completion((7, 8, 9), (-0.5, -1.0, -2.0), "length", (4, 5, 5)),
-        Completion((), (), "abort", ()),
+        Completion((8, 9), (-1.0, -2.0), "stop", (0, 0)),
     ]
     expected = {
         "temperature": 0.7, "top_p": 0.9, "top_k": -1, "max_new_tokens": 9, "stop": ["</a>"], "sampling_seed": 5,
         "no_stop_trim": True, "skip_special_tokens": False, "spaces_between_special_tokens": False,
     }  # fmt: skip
-    assert [completion.cached_tokens for completion in got] == [1, 0, 0]
-    assert len({body.pop("rid") for body in bodies}) == 3
-    assert bodies == [{"input_ids": [1, 2], "return_logprob": True, "sampling_params": expected}] * 3
+    assert [completion.cached_tokens for completion in got] == [1, 0, 1]
+    assert len({body.pop("rid") for body in bodies}) == 4
+    assert bodies == [{"input_ids": [1, 2], "return_logprob": True, "sampling_params": expected}] * 4
 
 
 async def test_scores_are_read_from_the_input_logprobs():

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from typing import Any
 
-from etagent_jax.policy.answers import version_number
+from etagent_jax.policy.answers import version_name, version_number
 from etagent_jax.policy.http import Broken, Failed, Http, Refused, SGLangError, Unavailable
 from etagent_jax.policy.servers import Server
 
@@ -15,10 +15,11 @@ NO_SUCH_ROUTE = (404, 405)
 
 
 class Control:
-    """The control routes of all servers.  seconds: until one of them has answered."""
+    """The control routes of all servers.  seconds: until one of them has answered.  life: see SGLangPolicy."""
 
-    def __init__(self, http: Http, seconds: float):
-        self._http, self._seconds = http, seconds
+    def __init__(self, http: Http, seconds: float, life: int):
+        self._http, self._seconds, self._life = http, seconds, life
+        self._lent: dict[str, int] = {}  # by URL, the version of a server that has given its memory back
 
     async def survey(self, server: Server) -> None:
         """Find the server's workers, which are itself unless it is a router, and what all of them take."""
@@ -39,8 +40,8 @@ class Control:
         server.workers = workers
 
     async def _ask_limits(self, worker: Server) -> None:
-        """How many tokens a sequence may have, and its input; as they were if the server does not say."""
-        with contextlib.suppress(SGLangError):
+        """How many tokens a sequence may have, and its input; no bound is known if the server has no such route."""
+        with contextlib.suppress(Refused):
             answer = await self.info(worker, "server_info")
             if isinstance(limit := answer.get("max_req_input_len"), int):
                 worker.max_input = limit - 1  # SGLang refuses an input that is as long as this
@@ -61,7 +62,7 @@ class Control:
         """Of the weights that it serves."""
         name = str((await self.info(worker, "model_info")).get("weight_version"))
         try:
-            return version_number(name)
+            return version_number(name, self._life)
         except ValueError as error:
             raise Broken(f"{worker.url}/model_info: {error}") from error
 
@@ -72,9 +73,12 @@ class Control:
         """
         try:
             await self.tell(worker, "pause_generation", {"mode": "retract"})
-            body = {"model_path": folder, "weight_version": str(version)}
+            body = {"model_path": folder, "weight_version": version_name(version, self._life)}
             await self.tell(worker, "update_weights_from_disk", body)
-            await self.tell(worker, "flush_cache")
+            try:
+                await self.tell(worker, "flush_cache")
+            except Refused as error:
+                raise Unavailable(f"{worker.url}: another client lets it go on amid an update: {error}") from error
         finally:
             await self.tell(worker, "continue_generation")
         served = await self.version(worker)
@@ -100,7 +104,13 @@ class Control:
                         await asyncio.sleep(IDLE_PAUSE)
         except TimeoutError as error:
             raise SGLangError(f"{worker.url} still runs requests after {self._seconds:g} s") from error
+        self._lent[worker.url] = await self.version(worker)
         await self.tell(worker, "release_memory_occupation")
+
+    async def resume_memory(self, worker: Server) -> None:
+        """Have it take its memory again; one that was started anew meanwhile has it, and would die of it."""
+        if await self.version(worker) == self._lent.pop(worker.url, None):
+            await self.tell(worker, "resume_memory_occupation")
 
     async def tell(self, worker: Server, what: str, body: dict[str, Any] | None = None) -> None:
         await self._http.send("POST", f"{worker.url}/{what}", body or {}, seconds=self._seconds)

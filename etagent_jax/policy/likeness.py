@@ -8,7 +8,10 @@ from etagent_jax.policy.http import Broken, Http, SGLangError
 from etagent_jax.tokenizer import Tokenizer
 
 KIND = ("model_type", "architectures")
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+SHAPE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "tie_word_embeddings",
+)  # fmt: skip
 SAMPLE = "größer 🙂 <search>東京</search> 1234\n\tdef f(x):  # it's"
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from etagent_jax.policy.answers import read_completion, read_scores
 from etagent_jax.policy.control import Control
-from etagent_jax.policy.http import Broken, Failed, Http, SGLangError, TimedOut
+from etagent_jax.policy.http import Broken, Failed, Http, SGLangError, TimedOut, Unavailable
 from etagent_jax.policy.interface import Completion, Sampling, Scores
 from etagent_jax.policy.likeness import check_model, check_tokenizer
 from etagent_jax.policy.servers import Patience, Pool, Server, pause
@@ -53,7 +53,9 @@ class SGLangPolicy:
     an SGLang server.  context: most tokens of a sequence, if fewer than the server takes.  timeout: seconds until
     one try is answered.  patience: seconds in all that a request may lose to servers that do not answer.
     concurrency: most requests in flight at once on each server (of a router: on each worker).  backoff: seconds; the
-    pause after try n is drawn from [0, backoff · 2ⁿ⁻¹], at most 30.  One event loop until `close`.
+    pause after try n is drawn from [0, backoff · 2ⁿ⁻¹], at most 30.  life: a number that all processes of a run share
+    and no earlier start of it had, so that weights which servers still have from then are not taken for new ones.
+    One event loop until `close`.
 
     Every request raises SGLangError for what a server says or fails to say.  HTTP 4xx is final; 5xx and an answer
     that makes no sense are tried TRIES times, on whichever server is up; no connection, 429, 503 and a try over its
@@ -63,7 +65,7 @@ class SGLangPolicy:
     def __init__(
         self, urls: str | Sequence[str], *, api_key: str | None = None, vocab_size: int | None = None,
         context: int | None = None, timeout: float = 600.0, patience: float = 1800.0, concurrency: int = 256,
-        backoff: float = 1.0,
+        backoff: float = 1.0, life: int = 0,
     ):  # fmt: skip
         self.urls = tuple(url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls))
         if not self.urls or len(set(self.urls)) < len(self.urls):
@@ -77,7 +79,8 @@ class SGLangPolicy:
         self.statistics = Statistics()
         self._timeout, self._patience, self._backoff, self._concurrency = timeout, patience, backoff, concurrency
         self._http = Http(api_key)
-        self._control = Control(self._http, timeout)
+        self._life, self._lent = life, False
+        self._control = Control(self._http, timeout, life)
         self._pool = Pool([Server(url, concurrency) for url in self.urls], self._revive, backoff)
         self._expected: tuple[int, str] | None = None  # version and folder
         self._updating = asyncio.Lock()
@@ -114,7 +117,7 @@ class SGLangPolicy:
             },
             "return_logprob": True,
         }  # fmt: skip
-        completion = await self._request(body, read_completion, session)
+        completion = await self._request(body, lambda meta: read_completion(meta, self._life), session)
         return completion or Completion((), (), "length", ())
 
     async def score(self, token_ids: Sequence[int]) -> Scores:
@@ -126,7 +129,7 @@ class SGLangPolicy:
             "input_ids": self._checked(token_ids), "sampling_params": {"max_new_tokens": 0},
             "return_logprob": True, "logprob_start_len": 0,
         }  # fmt: skip
-        scores = await self._request(body, lambda meta: read_scores(meta, len(token_ids)))
+        scores = await self._request(body, lambda meta: read_scores(meta, len(token_ids), self._life))
         assert scores is not None
         return scores
 
@@ -202,17 +205,23 @@ class SGLangPolicy:
 
     async def release_memory(self) -> None:
         """All servers end what they still do and give up the accelerators' memory.  Nothing may be asked of them
-        until `resume_memory`."""
+        until `resume_memory`.  One that is away gets no requests until it is back and has the weights."""
+        self._lent = True
         await self._on_all(self._control.release_memory)
 
     async def resume_memory(self) -> None:
         """All servers take the memory again; their weights may have to be loaded anew."""
-        await self._on_all(lambda worker: self._control.tell(worker, "resume_memory_occupation"))
+        await self._on_all(self._control.resume_memory)
+        self._lent = False
 
     async def _on_all(self, do: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
-        workers = [worker for server in self._pool.servers for worker in await self._workers(server)]
-        for error in await _all(map(do, workers)):
-            raise error
+        async def on(server: Server) -> None:
+            try:
+                await self._on_workers(server, do)
+            except Failed as error:
+                self._pool.failed(server, error, allowed=1)
+
+        await _all(map(on, self._pool.servers))
 
     def _checked(self, token_ids: Sequence[int]) -> list[int]:
         if not token_ids:
@@ -277,6 +286,8 @@ class SGLangPolicy:
         except (LookupError, TypeError, ValueError) as error:
             said = f"{type(error).__name__}: {error}"
             raise Broken(f"{url} did not answer as SGLang does ({said}): {answer!r:.300}") from error
+        if isinstance(result, Completion) and result.finish == "abort" and not self._lent:
+            raise Unavailable(f"{url}: somebody else has aborted the request")
         if expected and oldest < expected[0]:
             self.statistics.stale += 1
             await self._bring_up_to_date(server)
@@ -343,6 +354,7 @@ class SGLangPolicy:
                 async with worker.lock:
                     await self._control.unpause(worker)
             raise
+        await self._survey(server)  # it may have been started anew, with other limits
         await self._bring_up_to_date(server)
 
     def _no_answer(self) -> SGLangError:

@@ -96,13 +96,14 @@ async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict
     summary = extra.get("summary", {})
     position = Position.from_json(extra["position"]) if extra.get("position") else None
     update = Updates(learner, reference, c, directory.path / "skipped")
-    has_spread = lambda group: score_group(group, reward_config(c, 0)).has_spread
+    has_spread = lambda group: score_group(group, reward_config(c, learned % c.steps)).has_spread
 
-    def save() -> None:
+    async def save() -> None:
         nonlocal saved
         if learned > saved:
-            at = ahead.position() if learned % c.steps else None
-            checkpoints.save(learned, learner.changing(state), {"summary": summary, "position": at})
+            extra = {"summary": summary, "position": ahead.position() if learned % c.steps else None}
+            saving = asyncio.to_thread(checkpoints.save, learned, learner.changing(state), extra)
+            await distributed.undisturbed(saving)
             saved = learned
 
     async with setup.rollout_parts(config, parent) as parts, contextlib.AsyncExitStack() as round_open:
@@ -139,17 +140,19 @@ async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict
                         state, metrics = await distributed.undisturbed(learning)
                     learned = step + 1
                     summary = {**rollout_metrics(scored, step), **given_up, **metrics, **watch.pop()}
-                    summary["rollout_tokens_per_second"] = summary.pop("rollout_tokens") / summary["seconds/rollout"]
+                    ahead_too = [name for name in summary if name.startswith("seconds/") and c.stream.max_staleness]
+                    sampling = sum(summary[name] for name in ahead_too or ["seconds/rollout"])
+                    summary["rollout_tokens_per_second"] = summary.pop("rollout_tokens") / sampling
                     log.log(step, summary, line(summary))
                     if learned % c.checkpoint_every == 0 or learned == steps:
                         with watch("checkpoint"):
-                            save()
+                            await save()
                     if colocated:
                         with watch("sync"):
                             state = park(state, learner)
                             await distributed.undisturbed(tell_servers(colocated.resume_memory))
             except asyncio.CancelledError:
-                save()
+                await save()
                 raise
         await round_open.aclose()
         if published:

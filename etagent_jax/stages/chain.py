@@ -92,7 +92,8 @@ async def check_servers(config: ConfigDict) -> None:
     served = config.policy.backend == "sglang" and (model / "config.json").is_file()
     sampling = [stage for stage in config.stages if stage not in ("base", "sft")]
     if served and any(not StageDirectory(config, stage).done for stage in sampling):
-        await setup.check_servers(config, model)
+        async with setup.make_client(config, model) as client:
+            await distributed.together(setup.check_servers(config, client, Tokenizer.load(model), model))
 
 
 async def run_stage(config: ConfigDict, stage: str, directory: StageDirectory) -> dict[str, float]:

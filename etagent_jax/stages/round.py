@@ -62,6 +62,7 @@ class Round:
         place = version - round * c.steps
         self._position = position or Position((place * self._size,), frozenset())
         self._next = min(self._position.next)
+        self._before: tuple[int, list[int]] | None = None
         self._logs: dict[int, TrajectoryLog] = {}
         self._finished: dict[int, dict[str, Trajectory]] = {}
         self._slots = asyncio.Semaphore(config.rollout.concurrency)
@@ -85,7 +86,9 @@ class Round:
     async def groups(self, version: int) -> tuple[list[Group], dict[str, float]]:
         """The groups for the update of `version`, the same on all processes, and how many were given up, and why."""
         self._bar.reset()
+        self._before = self._here()  # where to go on from if not all processes get their batch
         batch = await distributed.together(self._stream.next_batch(version))
+        self._before = None
         rows = [(planned.index, group) for planned, group in zip(batch.planned, batch.groups, strict=True)]
         groups = dict(distributed.gather_shares(rows, _to_json, _from_json))
         for index, group in groups.items():
@@ -99,8 +102,15 @@ class Round:
 
     def position(self) -> dict[str, Any]:
         """How far all processes have come, to be given to `Position.from_json` in a run that goes on from here."""
-        shares = distributed.exchange((self._next, self._stream.open()))
+        shares = distributed.exchange(self._before or self._here())
         return {"next": [next for next, _ in shares], "open": sorted(i for _, open in shares for i in open)}
+
+    def _here(self) -> tuple[int, list[int]]:
+        """The first index of this process's share that is not started, and those below it that are yet to be used."""
+        end, share = max(self._next, *self._position.next), distributed.my_share(range(self._size))
+        skipped = (i for i in range(self._next, end) if i % self._size in share)
+        later = [i for i in skipped if not self._position.used(i, self._size)]
+        return end, sorted({*self._stream.open(), *later})
 
     def _question(self, index: int) -> Question:
         """The `index`-th question of the endless order."""
@@ -109,6 +119,8 @@ class Round:
 
     def _plan(self) -> Iterator[Planned]:
         """This process's share, from the position on."""
+        if not distributed.my_share(range(self._size)):
+            return
         for place in itertools.count(min([*self._position.next, *self._position.open]) // self._size):
             for index in distributed.my_share(range(place * self._size, (place + 1) * self._size)):
                 self._next = index + 1

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,9 +171,10 @@ async def rollout_parts(config: ConfigDict, model: Path | str) -> AsyncIterator[
         for tool in tools.values():
             opened.push_async_callback(_close, tool)
         if config.policy.backend == "sglang":
-            policy = await opened.enter_async_context(make_client(config, model))
-            await policy.check(tokenizer, model)
-            await serve_folder(policy, 0, model)
+            policy = make_client(config, model)
+            opened.push_async_callback(_close, policy)
+            await distributed.together(check_servers(config, policy, tokenizer, model))
+            await distributed.together(distributed.undisturbed(serve_folder(policy, 0, Path(model).absolute())))
             yield RolloutParts(policy, tokenizer, tools)
         else:
             engine = Engine(
@@ -183,25 +185,25 @@ async def rollout_parts(config: ConfigDict, model: Path | str) -> AsyncIterator[
             yield RolloutParts(engine, tokenizer, tools)
 
 
-async def _close(tool: Tool) -> None:
+async def _close(tool: Tool | SGLangPolicy) -> None:
     """A signal meanwhile is heard afterwards: all processes must end the stage alike."""
     await distributed.undisturbed(tool.close())
 
 
 def make_client(config: ConfigDict, model: Path | str) -> SGLangPolicy:
-    """A client of the config's servers, for a `model` folder's vocabulary.  The key is that of SGLANG_API_KEY."""
-    p = config.policy
+    """A client of the config's servers, for a `model` folder's vocabulary.  The key is that of SGLANG_API_KEY.
+    All processes call it."""
+    p, life = config.policy, distributed.from_first(time.time_ns() // 10**8)
     return SGLangPolicy(
         p.url.split(","), api_key=os.environ.get("SGLANG_API_KEY"), vocab_size=read_config(model).vocab_size,
-        timeout=p.timeout, patience=p.patience, concurrency=config.rollout.concurrency,
+        timeout=p.timeout, patience=p.patience, concurrency=config.rollout.concurrency, life=life,
     )  # fmt: skip
 
 
-async def check_servers(config: ConfigDict, model: Path | str) -> None:
-    """Wait for the config's servers; SGLangError, ValueError if one does not come, or serves another than `model`."""
-    async with make_client(config, model) as client:
-        await client.wait_until_ready(config.policy.patience, distributed.say)
-        await client.check(Tokenizer.load(model), model)
+async def check_servers(config: ConfigDict, client: SGLangPolicy, tokenizer: Tokenizer, model: Path | str) -> None:
+    """Wait for the servers; SGLangError if one does not come, or serves another kind of model or tokenizer."""
+    await client.wait_until_ready(config.policy.patience, distributed.say)
+    await client.check(tokenizer, model)
 
 
 def make_mesh(config: ConfigDict) -> Mesh:

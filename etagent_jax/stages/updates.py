@@ -16,7 +16,7 @@ from etagent_jax.learner.throughput import throughput
 from etagent_jax.scoring.rewards import ScoredGroup
 from etagent_jax.stages import setup
 
-MOST_SKIPPED = 8
+MOST_SKIPPED = 32
 """Updates in a row that may be skipped before the run ends."""
 
 
@@ -92,7 +92,8 @@ class Updates:
         if self.skipped_in_a_row >= MOST_SKIPPED:
             raise FloatingPointError(
                 f"step {step}: {self.skipped_in_a_row} updates in a row were not applied, the last with {told}. "
-                f"Lower the learning rate, or look for bad values in the batches in {self.skipped}"
+                "Lower the learning rate, raise skip_factor or max_sequence_weight, or look for bad values in the "
+                f"batches in {self.skipped}"
             )
 
 
