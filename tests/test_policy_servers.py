@@ -184,6 +184,7 @@ async def test_waiting_for_servers_says_what_for_and_leaves_none_paused(servers)
         assert not stubs[1].paused
         stubs[0].well = True
         await policy.wait_until_ready(5.0, said.append)
+        assert policy.shortest_context == 96
     stubs[1].key = "secret"
     async with SGLangPolicy(urls, api_key="wrong", **FAST) as policy:
         with pytest.raises(SGLangError, match=f"{urls[1]}/continue_generation answered HTTP 401: no key"):

@@ -166,6 +166,34 @@ def test_any_number_of_processes_goes_on_with_what_the_others_have_not_used(size
     assert {i for i in range(size * 12) if position.used(i, size)} == begun & set(done)
 
 
+async def test_what_other_processes_had_used_stays_used_when_fewer_go_on(config, policy):
+    of_three = Position.from_json({"next": [12, 13, 8], "open": [2, 5]})
+    steps, position = await steps_of(config, policy, [2], of_three)
+    assert [id.split("/")[1] for id in steps[0][::2]] == ["step-00000", "step-00001", "step-00002"]
+    assert position == {"next": [13], "open": [11, 12]}
+
+
+async def test_a_stop_before_all_processes_have_their_batch_leaves_it_to_be_used(config, policy, monkeypatch):
+    async def stopped_elsewhere(work):
+        await work
+        raise asyncio.CancelledError
+
+    async with open_round(config, policy, 0) as round:
+        await round.groups(0)
+        policy.version = 1
+        monkeypatch.setattr(distributed, "together", stopped_elsewhere)
+        with pytest.raises(asyncio.CancelledError):
+            await round.groups(1)
+        assert round.position() == {"next": [3], "open": []}
+
+
+async def test_a_process_without_a_share_has_no_groups(config, policy, monkeypatch):
+    monkeypatch.setattr(distributed, "my_share", lambda items: items[5::6])
+    config.phase2.stream.spare = 2
+    async with open_round(config, policy, 0) as round:
+        assert (await round.groups(0))[0] == []
+
+
 def test_the_order_is_that_of_the_seed_the_stage_the_round_and_the_epoch():
     orders = [tuple(rounds._order(*key, 50)) for key in ((0, "a", 0, 0), (1, "a", 0, 0), (0, "b", 0, 0), (0, "a", 1, 0),
                                                          (0, "a", 0, 1))]  # fmt: skip

@@ -102,6 +102,11 @@ class SGLangPolicy:
         """Of the weights that the servers are expected to have; 0 if none were given to them."""
         return self._expected[0] if self._expected else 0
 
+    @property
+    def shortest_context(self) -> int:
+        """Most tokens of a sequence that every server takes, as far as they have said."""
+        return min(server.context for server in self._pool.servers)
+
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, session: str = "") -> Completion:
         """Continue `token_ids`; with no room left in the context, by nothing: a Completion of no tokens, `length`.
 

@@ -204,6 +204,11 @@ async def check_servers(config: ConfigDict, client: SGLangPolicy, tokenizer: Tok
     """Wait for the servers; SGLangError if one does not come, or serves another kind of model or tokenizer."""
     await client.wait_until_ready(config.policy.patience, distributed.say)
     await client.check(tokenizer, model)
+    if (shortest := client.shortest_context) < config.policy.context:
+        distributed.say(
+            f"a server takes {shortest} tokens, fewer than config.policy.context {config.policy.context}: "
+            "longer trajectories end as `length`; start it with a larger --context-length"
+        )
 
 
 def make_mesh(config: ConfigDict) -> Mesh:
