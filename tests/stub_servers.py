@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 
 from starlette.applications import Starlette
@@ -18,6 +18,11 @@ SAMPLING = Sampling(1.0, 4)
 FAST = {"backoff": 0.002, "patience": 20.0}
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
 async def generate_many(policy: SGLangPolicy, count: int, session: str = "s{}") -> list[Completion]:
     """All at once, each in a session of its own."""
     return await asyncio.gather(*(policy.generate((1, i % 9), SAMPLING, session.format(i)) for i in range(count)))
@@ -26,12 +31,12 @@ async def generate_many(policy: SGLangPolicy, count: int, session: str = "s{}") 
 class StubServer:
     """Answers what the SGLang server of its weights would, by a rule: one token, 100 + its weight version.
 
-    path, body of every POST are in `calls`.  To be set: seconds that a generation takes; `faults`, answers given
-    first; `folders` that can be loaded; `says_version`, what `/model_info` lies.
+    path, body of every POST are in `calls`.  To be set: seconds that a generation takes, or `held` until it is not;
+    `faults`, answers given first; `folders` that can be loaded; `says_version`, what `/model_info` lies.
     """
 
     def __init__(self, key: str | None = None):
-        self.key, self.seconds, self.faults = key, 0.0, list[Response]()
+        self.key, self.seconds, self.held, self.faults = key, 0.0, False, list[Response]()
         self.folders = {"/w/1", "/w/2", "/w/3"}
         self.says_version: str | None = None
         self.model_info = {"model_path": "/model", "tokenizer_path": "/model", "model_type": "qwen2"}
@@ -83,7 +88,7 @@ class StubServer:
         self.most_running = max(self.most_running, self.running)
         began = self.version
         await asyncio.sleep(self.seconds)
-        while self.paused:  # noqa: ASYNC110
+        while self.paused or self.held:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         self.running -= 1
         versions = [began] if began == self.version else [began, self.version]

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from etagent_jax.policy.interface import Completion, Sampling
 from etagent_jax.policy.servers import SESSIONS
 from etagent_jax.policy.sglang import TRIES, SGLangError, SGLangPolicy, Statistics
-from tests.stub_servers import FAST, SAMPLING, generate_many, line_to, two_servers
+from tests.stub_servers import FAST, SAMPLING, generate_many, line_to, two_servers, until
 
 servers = pytest.fixture(two_servers)
 
@@ -37,8 +37,8 @@ async def test_sessions_are_forgotten(servers, monkeypatch):
 async def test_all_slots_of_all_servers_are_used_and_no_more_and_waiting_for_one_is_no_delay_of_the_server(servers):
     stubs, urls = servers
     for stub in stubs:
-        stub.seconds = 0.1
-    async with SGLangPolicy(urls, concurrency=2, timeout=0.4, patience=0.4, backoff=0.001) as policy:
+        stub.seconds = 0.3
+    async with SGLangPolicy(urls, concurrency=2, timeout=2.0, patience=2.0, backoff=0.001) as policy:
         await generate_many(policy, 40, session="")
         assert policy.statistics == Statistics(requests=40)
     assert [stub.most_running for stub in stubs] == [2, 2]
@@ -47,12 +47,13 @@ async def test_all_slots_of_all_servers_are_used_and_no_more_and_waiting_for_one
 
 async def test_a_cancelled_wait_for_a_slot_loses_no_slot(servers):
     (stub, _), urls = servers
-    stub.seconds = 0.05
+    stub.held = True
     async with SGLangPolicy(urls[0], concurrency=1, **FAST) as policy:
         tasks = [asyncio.create_task(policy.generate((1,), SAMPLING)) for _ in range(6)]
-        await asyncio.sleep(0.02)
+        await until(lambda: len(stub.calls) == 1)
         for task in tasks[1:5]:
             task.cancel()
+        stub.held = False
         assert (await tasks[5]).token_ids == (await tasks[0]).token_ids == (100,)
         assert await generate_many(policy, 3)
     assert len(stub.calls) == 5
@@ -60,13 +61,13 @@ async def test_a_cancelled_wait_for_a_slot_loses_no_slot(servers):
 
 async def test_one_of_two_servers_dead_is_slower_not_wrong_and_it_is_used_again_when_it_is_back(servers):
     stubs, urls = servers
-    for stub in stubs:
-        stub.seconds = 0.05
     async with line_to(urls[0]) as (line, url), SGLangPolicy([url, urls[1]], **FAST) as policy:
         await generate_many(policy, 10)
+        stubs[0].held = stubs[1].held = True
         running = asyncio.create_task(generate_many(policy, 10))
-        await asyncio.sleep(0.02)
+        await until(lambda: len(stubs[0].calls) + len(stubs[1].calls) == 20)
         line.cut()
+        stubs[0].held = stubs[1].held = False
         completions = await running
         assert completions == [Completion((100,), (-1.0,), "stop", (0,))] * 10
         assert policy.statistics.requests == 20
@@ -81,13 +82,14 @@ async def test_one_of_two_servers_dead_is_slower_not_wrong_and_it_is_used_again_
 
 async def test_the_only_server_killed_in_mid_generation_and_restarted_costs_no_request_and_none_is_used_twice(servers):
     (stub, _), urls = servers
-    stub.seconds = 0.1
+    stub.held = True
     async with line_to(urls[0]) as (line, url), SGLangPolicy(url, **FAST) as policy:
         running = asyncio.create_task(generate_many(policy, 8))
-        await asyncio.sleep(0.05)
+        await until(lambda: stub.paths().count("generate") == 8)
         line.cut()
         await asyncio.sleep(0.3)
         assert not running.done()
+        stub.held = False
         stub.restart()
         line.mend()
         assert len(await running) == 8
@@ -99,7 +101,7 @@ async def test_the_only_server_killed_in_mid_generation_and_restarted_costs_no_r
 async def test_a_server_that_accepts_and_never_answers_loses_its_requests_to_the_other(servers):
     (stuck, good), urls = servers
     stuck.seconds = 60
-    async with SGLangPolicy(urls, timeout=0.2, **FAST) as policy:
+    async with SGLangPolicy(urls, timeout=2.0, **FAST) as policy:
         assert len(await generate_many(policy, 12)) == 12
         late = policy.statistics.aborted
     assert 6 <= late <= 12  # at most once each
@@ -136,7 +138,7 @@ async def test_cancelling_ends_the_request_on_the_server(servers):
     stub.seconds = 60
     async with SGLangPolicy(urls[0], **FAST) as policy:
         task = asyncio.create_task(policy.generate((1,), SAMPLING))
-        await asyncio.sleep(0.2)
+        await until(lambda: bool(stub.calls))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -193,7 +195,7 @@ async def test_waiting_for_servers_says_what_for_and_leaves_none_paused(servers)
 
 async def test_a_server_that_was_left_paused_is_found_and_goes_on(servers):
     (stub, _), urls = servers
-    async with SGLangPolicy(urls[0], timeout=0.2, **FAST) as policy:
+    async with SGLangPolicy(urls[0], timeout=0.5, **FAST) as policy:
         stub.paused = True
         assert [c.token_ids for c in await generate_many(policy, 4)] == [(100,)] * 4
         assert not stub.paused

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from etagent_jax.policy.interface import Completion
 from etagent_jax.policy.likeness import SAMPLE
 from etagent_jax.policy.sglang import TRIES, SGLangError, SGLangPolicy
-from tests.stub_servers import FAST, SAMPLING, StubServer, generate_many, line_to, two_servers
+from tests.stub_servers import FAST, SAMPLING, StubServer, generate_many, line_to, two_servers, until
 from tests.test_serving import running
 from tests.test_tokenizer import tokenizer
 
@@ -27,14 +27,14 @@ def completion(version: int) -> Completion:
 
 async def test_an_update_reaches_every_server_and_is_no_staleness_of_what_was_under_way(servers):
     stubs, urls = servers
-    for stub in stubs:
-        stub.seconds = 0.2
+    stubs[0].held = stubs[1].held = True
     async with SGLangPolicy(urls, **FAST) as policy:
         assert policy.version == 0
         running = asyncio.create_task(generate_many(policy, 6))
-        await asyncio.sleep(0.1)
+        await until(lambda: sum(stub.paths().count("generate") for stub in stubs) == 6)
         await policy.update_weights(1, "/w/1")
         assert policy.version == 1
+        stubs[0].held = stubs[1].held = False
         assert await running == [Completion((100, 101), (-1.0, -1.0), "stop", (0, 1))] * 6
         assert await generate_many(policy, 6) == [completion(1)] * 6
         assert (policy.statistics.retries, policy.statistics.stale) == (0, 0)
@@ -170,8 +170,9 @@ async def test_through_a_router_requests_go_to_it_and_weights_to_each_of_its_wor
         assert "update_weights_from_disk" not in stubs[0].paths()
         assert [path for path in stubs[1].paths() if path != "generate"] == UPDATE
         stubs[0].seconds = stubs[1].seconds = 60
+        asked = [len(stub.calls) for stub in stubs]
         task = asyncio.create_task(policy.generate((1,), SAMPLING))
-        await asyncio.sleep(0.2)
+        await until(lambda: [len(stub.calls) for stub in stubs] != asked)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
