@@ -1,6 +1,21 @@
 # shellcheck shell=bash
 # Sourced by the SGLang launchers: the virtual environment that they run in, apart from the trainer's.
 
+# A flag that both launchers have.
+server_flag() {
+  case "$1" in
+    --port=?*) port="${1#*=}" ;;
+    --host=?*) host="${1#*=}" ;;
+    --venv=?*) venv="${1#*=}" ;;
+    --dry-run) dry_run=yes ;;
+    --help | -h)
+      usage
+      exit 0
+      ;;
+    *) refuse "unknown argument '$1'; the server's own flags follow --" ;;
+  esac
+}
+
 # The lines of a requirements file without comments: those that match the pattern, or with -v those that do not.
 requirements() {
   grep -Ev '^(#|$)' "$root/$1" | grep -E "${@:2}" | tr '\n' ' '

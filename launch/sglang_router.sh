@@ -30,25 +30,14 @@ workers=""
 port=30100
 host=127.0.0.1
 venv="$root/.venv-sglang-router"
-while [ $# -gt 0 ]; do
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case "$1" in
     --workers=?*) workers="${1#*=}" ;;
-    --port=?*) port="${1#*=}" ;;
-    --host=?*) host="${1#*=}" ;;
-    --venv=?*) venv="${1#*=}" ;;
-    --dry-run) dry_run=yes ;;
-    --help | -h)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) refuse "unknown argument '$1'; the router's own flags follow --" ;;
+    *) server_flag "$1" ;;
   esac
   shift
 done
+[ $# -eq 0 ] || shift
 [ -n "$workers" ] || refuse "give the servers: --workers=URL,URL"
 IFS=, read -ra urls <<<"$workers"
 for worker in "${urls[@]}"; do

@@ -36,26 +36,15 @@ port=30000
 host=127.0.0.1
 cpu=""
 venv="$root/.venv-sglang"
-while [ $# -gt 0 ]; do
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case "$1" in
     --model=?*) model="${1#*=}" ;;
-    --port=?*) port="${1#*=}" ;;
-    --host=?*) host="${1#*=}" ;;
     --cpu) cpu=yes ;;
-    --venv=?*) venv="${1#*=}" ;;
-    --dry-run) dry_run=yes ;;
-    --help | -h)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) refuse "unknown argument '$1'; SGLang's own flags follow --" ;;
+    *) server_flag "$1" ;;
   esac
   shift
 done
+[ $# -eq 0 ] || shift
 [ -n "$model" ] || refuse "give the model's folder: --model=DIR"
 [ -e "$model/config.json" ] || refuse "$model/config.json is not there; --model=DIR must be a Hugging Face folder"
 check_count --port "$port"

@@ -3,7 +3,6 @@
 import asyncio
 import random
 from contextlib import aclosing
-from functools import partial
 
 import pytest
 
@@ -140,13 +139,13 @@ async def test_all_slots_are_used_until_the_last_rollouts(tokenizer, concurrency
 
 async def test_the_last_of_a_group_may_be_free_of_tools(tokenizer):
     agent = make_agent(tokenizer, SEARCH, ANSWER)
-    options = OPTIONS | {"on_trajectory": lambda _: None}
-    (group,) = await collect_all(agent, [QUESTION], 5, **options, sample_group=partial(plain, tool_free=2))
+    rollouts = Rollouts(0, 1.0, 1.0, asyncio.Semaphore(2), {}, lambda _: None)
+    group = await plain(agent, QUESTION, ids=list("abcde"), rollouts=rollouts, tool_free=2)
     assert [[call.result.status for call in t.calls] for t in group.trajectories] == [["ok"]] * 3 + [["refused"]] * 2
     assert len(agent.tools["search"].inputs) == 3
     assert len({t.prompt_ids for t in group.trajectories}) == 1
     with pytest.raises(ValueError, match="tool_free must be between 0 and the 5 rollouts of a group, got 6"):
-        await collect_all(agent, [QUESTION], 5, **options, sample_group=partial(plain, tool_free=6))
+        await plain(agent, QUESTION, ids=list("abcde"), rollouts=rollouts, tool_free=6)
 
 
 async def test_a_cancelled_group_leaves_its_slots(tokenizer):

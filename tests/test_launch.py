@@ -80,7 +80,7 @@ def test_shell_scripts_are_clean():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", LAUNCHERS)
+@pytest.mark.parametrize("script", [*LAUNCHERS, "sglang_server.sh", "sglang_router.sh"])
 def test_every_launcher_has_help_with_examples(script):
     done = launch(script, "--help")
     assert done.returncode == 0

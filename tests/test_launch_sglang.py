@@ -66,16 +66,6 @@ def refusal(script: str, *arguments: str, **how) -> str:
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)
-def test_every_launcher_has_help_with_examples(script):
-    done = launch(script, "--help")
-    assert done.returncode == 0
-    assert "usage:" in done.stdout
-    assert "examples:" in done.stdout
-    assert "--dry-run" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 120
-
-
-@pytest.mark.parametrize("script", LAUNCHERS)
 def test_every_launcher_hands_on_what_follows_the_two_dashes(script, model, tmp_path):
     *_, run = dry_run(
         script, *arguments(script, model), f"--venv={tmp_path / 'my venv'}", "--dry-run", "--", "--x", "a b"
@@ -120,7 +110,7 @@ def test_one_server_takes_all_visible_gpus(model, tmp_path):
 def test_what_cannot_be_served_is_refused_before_anything_starts(model, tmp_path):
     assert "give the model's folder" in refusal("sglang_server.sh", "--cpu")
     assert "nowhere/config.json is not there" in refusal("sglang_server.sh", "--cpu", "--model=nowhere")
-    assert "unknown argument '--tp=2'; SGLang's own" in refusal("sglang_server.sh", f"--model={model}", "--tp=2")
+    assert "unknown argument '--tp=2'; the server's own" in refusal("sglang_server.sh", f"--model={model}", "--tp=2")
     assert "--port must be a whole number" in refusal("sglang_server.sh", f"--model={model}", "--cpu", "--port=http")
     none = {**QUIET, "PATH": "/usr/bin:/bin"}
     if not Path("/usr/bin/nvidia-smi").exists():

@@ -1,17 +1,13 @@
 """New weights from the learner to the policy that generates."""
 
 import asyncio
-import functools
 import os
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from etagent_jax import distributed
 from etagent_jax.learner.step import Learner, Params
@@ -117,15 +113,9 @@ async def tell_servers(tell: Callable[[], Awaitable[None]]) -> None:
 
 async def _push_into(engine: Engine, learner: Learner, params: Params, version: int) -> None:
     device = jax.local_devices()[0]
-    replicate = _replicate(learner.mesh)
+    replicate = weights.replicate(learner.mesh)
 
     def here(x: jax.Array) -> jax.Array:  # one array after the other, so that no device holds them all but this one
         return next(shard.data for shard in replicate(x).addressable_shards if shard.device == device)
 
     await engine.update_weights(version, nnx.State(jax.tree.map(here, learner.serving_params(params))))
-
-
-@functools.cache
-def _replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """A compiled copy of an array, whole on every device."""
-    return jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, P()))

@@ -200,7 +200,7 @@ def host_tensors(
                 tensor = _take(param, layer, stacked=_stacked(name), transposed=_transposed(name), dtype=config.dtype)
                 if not param.is_fully_addressable:
                     assert isinstance(param.sharding, NamedSharding)
-                    tensor = _replicate(param.sharding.mesh)(tensor)
+                    tensor = replicate(param.sharding.mesh)(tensor)
                 if key in wanted:
                     tensor.copy_to_host_async()
                 yield key in wanted, tensor
@@ -311,5 +311,6 @@ def _take(param: jax.Array, layer: int, *, stacked: bool, transposed: bool, dtyp
 
 
 @functools.cache
-def _replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+def replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """A compiled copy of an array, whole on every device."""
+    return jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, P()))

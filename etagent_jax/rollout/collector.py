@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from etagent_jax.rollout.agent import Agent
-from etagent_jax.rollout.groups import GroupFunction, Rollouts, plain
+from etagent_jax.rollout.groups import Rollouts, plain
 from etagent_jax.trajectory import Group, Question, Trajectory
 
 NONE_FINISHED: Mapping[str, Trajectory] = MappingProxyType({})
@@ -16,9 +16,9 @@ NONE_FINISHED: Mapping[str, Trajectory] = MappingProxyType({})
 async def collect(
     agent: Agent, questions: Sequence[Question], samples: int, *, tag: str, seed: int, temperature: float,
     top_p: float = 1.0, concurrency: int, finished: Mapping[str, Trajectory] = NONE_FINISHED,
-    on_trajectory: Callable[[Trajectory], None], sample_group: GroupFunction = plain,
+    on_trajectory: Callable[[Trajectory], None],
 ) -> AsyncGenerator[Group, None]:  # fmt: skip
-    """Sample `samples` trajectories for each question by `sample_group`; yield each group as soon as it is complete.
+    """Sample `samples` trajectories for each question; yield each group as soon as it is complete.
 
     Trajectory i of a question is `{tag}/{question.id}/{i}`, and i-th in its group.  At most
     `concurrency` rollouts run at once, questions in the order given, each group begun when no rollout
@@ -46,7 +46,7 @@ async def collect(
         complete_first = sorted(questions, key=lambda question: not all(id in finished for id in ids[question.id]))
         for question in complete_first:
             async with slots:  # a semaphore is fair: all rollouts that waited have had theirs
-                start(sample_group(agent, question, ids=ids[question.id], rollouts=rollouts))
+                start(plain(agent, question, ids=ids[question.id], rollouts=rollouts))
                 await asyncio.sleep(0)  # the group starts its rollouts,
                 await asyncio.sleep(0)  # and they wait for slots
 
@@ -67,13 +67,12 @@ async def collect_all(
     agent: Agent, questions: Sequence[Question], samples: int, *, tag: str, seed: int, temperature: float,
     top_p: float = 1.0, concurrency: int, finished: Mapping[str, Trajectory] = NONE_FINISHED,
     on_trajectory: Callable[[Trajectory], None], on_group: Callable[[Group], None] = lambda _: None,
-    sample_group: GroupFunction = plain,
 ) -> list[Group]:  # fmt: skip
     """As `collect`, but all groups together, in the order of the questions; `on_group` sees each as it comes."""
     groups: dict[str, Group] = {}
     collecting = collect(
         agent, questions, samples, tag=tag, seed=seed, temperature=temperature, top_p=top_p,
-        concurrency=concurrency, finished=finished, on_trajectory=on_trajectory, sample_group=sample_group,
+        concurrency=concurrency, finished=finished, on_trajectory=on_trajectory,
     )  # fmt: skip
     async with aclosing(collecting):
         async for group in collecting:

@@ -139,9 +139,11 @@ async def run(config: ConfigDict, directory: StageDirectory, stage: str) -> dict
                         learning = asyncio.to_thread(update, state, scored, order, step)
                         state, metrics = await distributed.undisturbed(learning)
                     learned = step + 1
-                    summary = {**rollout_metrics(scored, step), **given_up, **metrics, **watch.pop()}
-                    ahead_too = [name for name in summary if name.startswith("seconds/") and c.stream.max_staleness]
-                    sampling = sum(summary[name] for name in ahead_too or ["seconds/rollout"])
+                    seconds = watch.pop()
+                    summary = {**rollout_metrics(scored, step), **given_up, **metrics, **seconds}
+                    if servers:
+                        summary |= {f"servers/{name}": n for name, n in vars(servers.statistics).items()}
+                    sampling = sum(seconds.values()) if c.stream.max_staleness else seconds["seconds/rollout"]
                     summary["rollout_tokens_per_second"] = summary.pop("rollout_tokens") / sampling
                     log.log(step, summary, line(summary))
                     if learned % c.checkpoint_every == 0 or learned == steps:

@@ -18,7 +18,7 @@ from etagent_jax.rollout.groups import GroupFunction, Rollouts, plain
 from etagent_jax.rollout.stream import GroupStream, Planned
 from etagent_jax.stages import setup
 from etagent_jax.stages.directory import StageDirectory
-from etagent_jax.stages.sampling import own_log, progress, read_all
+from etagent_jax.stages.sampling import gather_groups, own_log, progress, read_all
 from etagent_jax.trajectory import Group, Question, Trajectory
 
 
@@ -89,16 +89,12 @@ class Round:
         self._before = self._here()  # where to go on from if not all processes get their batch
         batch = await distributed.together(self._stream.next_batch(version))
         self._before = None
-        rows = [(planned.index, group) for planned, group in zip(batch.planned, batch.groups, strict=True)]
-        groups = dict(distributed.gather_shares(rows, _to_json, _from_json))
-        for index, group in groups.items():
-            if group.question != self._question(index):
-                raise ValueError(f"question {group.question.id} is not the same on all hosts: "
-                                 "they must read the same question files")  # fmt: skip
+        mine = [(planned.index, group) for planned, group in zip(batch.planned, batch.groups, strict=True)]
+        groups = gather_groups(mine, self._question)
         self._let_go()
         counts = {"groups_stale": batch.stale, "groups_replaced": batch.without_spread, "groups_aborted": batch.aborted}
         all_counts = distributed.exchange(counts)
-        return [groups[i] for i in sorted(groups)], {name: sum(each[name] for each in all_counts) for name in counts}
+        return groups, {name: sum(each[name] for each in all_counts) for name in counts}
 
     def position(self) -> dict[str, Any]:
         """How far all processes have come, to be given to `Position.from_json` in a run that goes on from here."""
@@ -173,12 +169,3 @@ def group_function(section: ConfigDict) -> GroupFunction:
 @functools.lru_cache(maxsize=8)
 def _order(seed: int, stage: str, round: int, epoch: int, count: int) -> np.ndarray:
     return setup.np_rng(seed, stage, round, epoch).permutation(count)
-
-
-def _to_json(row: tuple[int, Group]) -> list[Any]:
-    return [row[0], [trajectory.to_json() for trajectory in row[1].trajectories]]
-
-
-def _from_json(row: list[Any]) -> tuple[int, Group]:
-    trajectories = tuple(map(Trajectory.from_json, row[1]))
-    return row[0], Group(trajectories[0].question, trajectories)

@@ -1,6 +1,6 @@
 """Rollouts of a stage, shared out among the processes, each trajectory on disk as it finishes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,21 @@ async def sample_groups(
     mine = await sample_share(
         config, agent, questions, samples, file, tag=tag, temperature=temperature, top_p=top_p
     )  # fmt: skip
-    groups = distributed.gather_shares(mine, _group_to_json, _group_from_json)
-    for question, group in zip(questions, groups, strict=True):
-        if group.question != question:
-            raise ValueError(
-                f"question {question.id} is not the same on all hosts: they must read the same question files"
-            )
-    return groups
+    share = distributed.my_share(range(len(questions)))
+    return gather_groups(list(zip(share, mine, strict=True)), questions.__getitem__)
+
+
+def gather_groups(mine: Sequence[tuple[int, Group]], question: Callable[[int], Question]) -> list[Group]:
+    """The groups of all processes by their indices, on every one; `question` gives that of an index.
+
+    ValueError if the processes do not mean the same question by an index.
+    """
+    groups = dict(distributed.gather_shares(list(mine), _to_json, _from_json))
+    for index, group in groups.items():
+        if group.question != question(index):
+            raise ValueError(f"question {group.question.id} is not the same on all hosts: "
+                             "they must read the same question files")  # fmt: skip
+    return [groups[index] for index in sorted(groups)]
 
 
 def own_log(file: Path) -> TrajectoryLog:
@@ -76,10 +84,10 @@ def progress(total: int, description: str) -> tqdm:
     )
 
 
-def _group_to_json(group: Group) -> list[dict[str, Any]]:
-    return [trajectory.to_json() for trajectory in group.trajectories]
+def _to_json(indexed: tuple[int, Group]) -> list[Any]:
+    return [indexed[0], [trajectory.to_json() for trajectory in indexed[1].trajectories]]
 
 
-def _group_from_json(rows: list[dict[str, Any]]) -> Group:
-    trajectories = tuple(map(Trajectory.from_json, rows))
-    return Group(trajectories[0].question, trajectories)
+def _from_json(row: list[Any]) -> tuple[int, Group]:
+    trajectories = tuple(map(Trajectory.from_json, row[1]))
+    return row[0], Group(trajectories[0].question, trajectories)

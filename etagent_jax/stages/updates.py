@@ -68,13 +68,13 @@ class Updates:
             else:
                 self.skipped_in_a_row = 0
         applied = [update for update in updates if not update["skipped"]]
-        for name in updates[0]:
+        for name in [name for name in updates[0] if name != "skipped"]:
             counted = updates if name.startswith("sampler_") else applied
-            metrics |= {name: sum(update[name] for update in counted) / len(counted)} if counted else {}
+            if counted:
+                metrics[name] = sum(update[name] for update in counted) / len(counted)
         metrics["sampler_gap_max"] = max(update["sampler_gap_max"] for update in updates)
         metrics["sequences_rejected"] = sum(update["sequences_rejected"] for update in updates)
         metrics["updates_skipped"] = len(updates) - len(applied)
-        metrics.pop("skipped", None)
         if applied:
             metrics["entropy"] = applied[0]["entropy"]
         return state, {**metrics, **throughput_of_all(learner, batches, c.epochs, seconds)}
